@@ -1,0 +1,98 @@
+"""The way from token ids to class logits. This file travels with an exported classifier: only torch here."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+
+def last_hidden_state(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Run a decoder without its LM head.
+
+    Positions count real tokens, so that left and right padding give the same states also where
+    positions are absolute (GPT-2).
+
+    Args:
+        backbone: a Hugging Face decoder, e.g. ``LlamaModel``.
+        input_ids: [B, S].
+        attention_mask: [B, S], 1 for real tokens.
+
+    Returns:
+        [B, S, H], after the final norm.
+    """
+    kwargs = {}
+    if 'position_ids' in inspect.signature(backbone.forward).parameters:
+        kwargs['position_ids'] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
+
+
+def last_real_index(attention_mask: Tensor) -> Tensor:
+    """[B] position of the last real token of each row of ``attention_mask`` [B, S]."""
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask * columns).argmax(-1)
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, pool_index: Tensor, pooling: str) -> Tensor:
+    """Reduce the hidden states of the input span to one vector.
+
+    Args:
+        hidden: [B, S, H].
+        attention_mask: [B, S], 1 for real tokens.
+        pool_index: [B], position of the last input token.
+        pooling: ``'last'`` (the paper, section 3.1) or ``'mean'`` over the real tokens up to ``pool_index``.
+
+    Returns:
+        [B, H].
+    """
+    if pooling == 'last':
+        return hidden[torch.arange(len(hidden), device=hidden.device), pool_index]
+    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    # Selected, not multiplied: a rationale's state must not reach the sum even as 0 * inf.
+    span = (attention_mask.bool() & (columns <= pool_index[:, None]))[..., None]
+    return torch.where(span, hidden, 0).sum(1) / span.sum(1)
+
+
+class ClassificationHead(nn.Module):
+    """[B, H] pooled states to [B, K] logits.
+
+    The head stays in its own precision (fp32) under autocast: it is small, and its logits are
+    compared with each other.
+
+    Args:
+        hidden_size: H.
+        num_labels: K.
+        kind: ``'mlp'``, two layers with GELU between (the paper), or ``'linear'``, one layer without
+            bias, the head of Hugging Face's ``...ForSequenceClassification``.
+        dropout: applied before each layer.
+        initializer_range: standard deviation of the initial weights.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_labels: int,
+        kind: str = 'mlp',
+        dropout: float = 0.0,
+        initializer_range: float = 0.02,
+    ):
+        super().__init__()
+        if kind not in ('mlp', 'linear'):
+            raise ValueError(f"head: found {kind!r}; expected 'mlp' or 'linear'")
+        self.kind = kind
+        self.dropout = nn.Dropout(dropout)
+        if kind == 'mlp':
+            self.dense = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, num_labels, bias=kind == 'mlp')
+        for layer in self.children():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=initializer_range)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[B, H] to [B, K]."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            pooled = pooled.to(self.out_proj.weight.dtype)
+            if self.kind == 'mlp':
+                pooled = nn.functional.gelu(self.dense(self.dropout(pooled)))
+            return self.out_proj(self.dropout(pooled))

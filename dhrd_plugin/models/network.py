@@ -1,0 +1,163 @@
+"""The dual-head network: one decoder-only LM, two heads, one forward pass (arXiv:2509.21487, section 3.1)."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dhrd_plugin.errors import UserError
+from dhrd_plugin.losses import chunked_lm_loss
+from dhrd_plugin.models.heads import ClassificationHead, last_hidden_state, last_real_index, pool
+
+# Models that change the logits after the LM head; the chunked loss would be another model's.
+_LOGIT_TRANSFORMS = ('final_logit_softcapping', 'logit_scale', 'logits_scaling')
+
+
+@dataclass
+class DualHeadOutput(ModelOutput):
+    """What :class:`DualHeadNetwork` returns.
+
+    Attributes:
+        logits: [B, K] class logits.
+        reasoning_loss: [B] mean next-token loss of each sequence; only when it was asked for.
+    """
+
+    logits: Optional[Tensor] = None
+    reasoning_loss: Optional[Tensor] = None
+
+
+class DualHeadNetwork(nn.Module):
+    """A decoder-only LM with a pooled classification head beside its own LM head.
+
+    Args:
+        causal_lm: any decoder-only ``AutoModelForCausalLM``; its LM head is the reasoning head.
+        num_labels: number of classes, K.
+        head: ``'mlp'`` (two layers, the paper) or ``'linear'``.
+        pooling: ``'last'`` (last input token, the paper) or ``'mean'`` over the input span.
+        dropout: dropout of the classification head.
+        chunk_size: supervised tokens whose vocabulary logits are alive at a time.
+
+    Raises:
+        UserError: an encoder or encoder-decoder, or a model whose logits are not plainly
+            ``lm_head(hidden)``.
+    """
+
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        num_labels: int,
+        head: str = 'mlp',
+        pooling: str = 'last',
+        dropout: float = 0.0,
+        chunk_size: int = 1024,
+    ):
+        super().__init__()
+        if pooling not in ('last', 'mean'):
+            raise UserError(f"pooling: found {pooling!r}; expected 'last' or 'mean'")
+        check_decoder(causal_lm)
+        self.causal_lm = causal_lm
+        self.config = causal_lm.config
+        self.pooling = pooling
+        self.chunk_size = chunk_size
+        self.classifier = ClassificationHead(
+            self.config.hidden_size,
+            num_labels,
+            head,
+            dropout,
+            getattr(self.config, 'initializer_range', 0.02),
+        )
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The decoder without its LM head."""
+        return self.causal_lm.base_model
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """The reasoning head."""
+        return self.causal_lm.get_output_embeddings()  # pyright: ignore
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes, K."""
+        return self.classifier.out_proj.out_features
+
+    def resize_token_embeddings(self, size: int) -> None:
+        """Grow the vocabulary, for markers that are added tokens."""
+        self.causal_lm.resize_token_embeddings(size)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pool_index: Optional[Tensor] = None,
+        reasoning_labels: Optional[Tensor] = None,
+        return_reasoning_loss: bool = False,
+    ) -> DualHeadOutput:
+        """Both heads from one pass; only the input span where the reasoning loss is not asked for.
+
+        Args:
+            input_ids: [B, S] input, then rationale and answer.
+            attention_mask: [B, S], 1 for real tokens.
+            pool_index: [B] position of the last *input* token. Default: the last real token.
+            reasoning_labels: [B, S] token ids aligned with ``input_ids``, -100 where unsupervised.
+            return_reasoning_loss: run the rationale and return its loss.
+        """
+        if pool_index is None:
+            pool_index = last_real_index(attention_mask)
+        reason = return_reasoning_loss and reasoning_labels is not None
+        if not reason:
+            attention_mask = attention_mask * _upto(attention_mask, pool_index)
+        first, last = _real_columns(attention_mask)
+        input_ids, attention_mask = input_ids[:, first:last], attention_mask[:, first:last]
+        hidden = last_hidden_state(self.backbone, input_ids, attention_mask)
+        logits = self.classifier(pool(hidden, attention_mask, pool_index - first, self.pooling))
+        if reason:
+            labels = reasoning_labels[:, first:last]  # pyright: ignore
+            loss = chunked_lm_loss(hidden, labels, self.lm_head.weight, self.lm_head.bias, self.chunk_size)
+            return DualHeadOutput(logits=logits, reasoning_loss=loss)
+        # DDP and FSDP expect a gradient for every parameter on every rank, also where this rank's
+        # rows, or this step's alpha, leave the LM head unread.
+        unread = self.lm_head.weight[0, 0] * 0
+        if return_reasoning_loss:
+            return DualHeadOutput(logits=logits, reasoning_loss=unread.expand(len(logits)))
+        return DualHeadOutput(logits=logits + unread if unread.requires_grad else logits)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Composer asks which modules FSDP wraps by themselves: the decoder blocks."""
+        return type(module).__name__ in (self.causal_lm._no_split_modules or ())
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """Composer asks which modules activation checkpointing wraps: the decoder blocks."""
+        return self.fsdp_wrap_fn(module)
+
+
+def check_decoder(causal_lm: PreTrainedModel) -> None:
+    """Refuse what the method cannot be applied to.
+
+    Raises:
+        UserError: with the reason.
+    """
+    config = causal_lm.config
+    name = type(causal_lm).__name__
+    if config.is_encoder_decoder or causal_lm.get_output_embeddings() is None:
+        raise UserError(f'{name}: expected a decoder-only causal LM with an LM head (AutoModelForCausalLM)')
+    if getattr(config, 'is_decoder', None) is False and config.model_type in ('bert', 'roberta', 'electra'):
+        raise UserError(f'{name}: an encoder reads the rationale when it pools the input; expected a causal LM')
+    for key in _LOGIT_TRANSFORMS:
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise UserError(f'{name}: its config sets {key}, which the chunked reasoning loss does not apply')
+
+
+def _upto(attention_mask: Tensor, pool_index: Tensor) -> Tensor:
+    """[B, S] bool, True up to and with ``pool_index`` [B]."""
+    return torch.arange(attention_mask.shape[1], device=attention_mask.device) <= pool_index[:, None]
+
+
+def _real_columns(attention_mask: Tensor) -> tuple[int, int]:
+    """First and one past the last column in which any row has a real token."""
+    columns = attention_mask.any(0).nonzero()
+    return int(columns[0]), int(columns[-1]) + 1
