@@ -1,7 +1,7 @@
 """The dual-head network: one decoder-only LM, two heads, one forward pass (arXiv:2509.21487, section 3.1)."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class DualHeadNetwork(nn.Module):
         self.causal_lm = causal_lm
         self.config = causal_lm.config
         self.pooling = pooling
+        self.lora: Optional[dict[str, Any]] = None
         self.chunk_size = chunk_size
         self.classifier = ClassificationHead(
             self.config.hidden_size,

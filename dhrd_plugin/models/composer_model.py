@@ -1,0 +1,124 @@
+"""The ComposerModel around the dual-head network."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from composer.models import HuggingFaceModel
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from transformers import PreTrainedTokenizerBase
+
+from dhrd_plugin.models.network import DualHeadNetwork, DualHeadOutput
+
+RETURN_REASONING_LOSS = 'return_reasoning_loss'
+_INPUTS = ('input_ids', 'attention_mask', 'pool_index', 'reasoning_labels', RETURN_REASONING_LOSS)
+
+
+class ComposerDualHeadClassifier(HuggingFaceModel):
+    """Trains the pooled classifier; with :class:`~dhrd_plugin.AuxiliaryReasoningLoss`, both heads.
+
+    ``loss`` is the classification loss alone (Eq. 2), so without the algorithm this *is* the pooled
+    baseline, and rationale tokens are neither read nor run. It is a Composer ``HuggingFaceModel``
+    so that Composer stores its config and tokenizer in every checkpoint.
+
+    Args:
+        network: the dual-head network.
+        tokenizer: stored in checkpoints and exports.
+        label_names: the K class names, in the order of the logits. Default: ``LABEL_0`` and so on.
+        metrics: torchmetrics to compute. Default: accuracy and macro-F1.
+        class_weights: K weights of the cross-entropy. Default: none (ours, not the paper's).
+        label_smoothing: of the classification loss. Default: 0 (ours, not the paper's).
+        info: plain JSON to store in checkpoints and exports besides: markers, task, LoRA.
+    """
+
+    def __init__(
+        self,
+        network: DualHeadNetwork,
+        tokenizer: Optional[PreTrainedTokenizerBase] = None,
+        label_names: Optional[Sequence[str]] = None,
+        metrics: Optional[Sequence[Metric]] = None,
+        class_weights: Optional[Sequence[float]] = None,
+        label_smoothing: float = 0.0,
+        info: Optional[Mapping[str, Any]] = None,
+    ):
+        num_labels = network.num_labels
+        self.label_names = list(label_names or (f'LABEL_{i}' for i in range(num_labels)))
+        if len(self.label_names) != num_labels:
+            raise ValueError(f'label_names: found {len(self.label_names)} names for {num_labels} classes')
+        self.info = dict(info or {})
+        self.label_smoothing = label_smoothing
+        super().__init__(
+            network,  # pyright: ignore[reportArgumentType]
+            tokenizer,  # pyright: ignore[reportArgumentType]
+            use_logits=True,
+            metrics=list(metrics) if metrics is not None else default_metrics(num_labels),
+            shift_labels=False,
+            allow_embedding_resizing=True,
+        )
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer('class_weights', weights, persistent=False)
+
+    @property
+    def network(self) -> DualHeadNetwork:
+        """The dual-head network."""
+        return self.model  # pyright: ignore[reportReturnType]
+
+    def forward(self, batch: Mapping[str, Any]) -> DualHeadOutput:
+        """Run the network on a batch of :class:`~dhrd_plugin.TripletCollator`."""
+        return self.network(**{key: batch[key] for key in _INPUTS if key in batch})
+
+    def loss(self, outputs: DualHeadOutput, batch: Mapping[str, Any]) -> Tensor:  # pyright: ignore
+        """The classification loss (Eq. 2), a mean over the samples."""
+        assert outputs.logits is not None
+        weights = self.class_weights
+        losses = F.cross_entropy(
+            outputs.logits,
+            batch['labels'],
+            weight=None if weights is None else weights.to(outputs.logits.dtype),
+            reduction='none',
+            label_smoothing=self.label_smoothing,
+        )
+        return losses.mean()
+
+    def eval_forward(self, batch: Mapping[str, Any], outputs: Optional[DualHeadOutput] = None) -> Tensor:  # pyright: ignore
+        """[B, K] logits; never reads the rationale."""
+        if outputs is None:
+            outputs = self.forward({k: v for k, v in batch.items() if k != RETURN_REASONING_LOSS})
+        assert outputs.logits is not None
+        return outputs.logits
+
+    def update_metric(self, batch: Mapping[str, Any], outputs: Tensor, metric: Metric) -> dict:
+        """Update one metric with a batch's logits."""
+        labels = batch['labels'].to(metric.device)
+        logits = outputs.to(metric.device)
+        if getattr(metric, 'needs_group', False):
+            metric.update(logits, labels, batch['group'].to(metric.device))
+        else:
+            metric.update(logits, labels)
+        return {}
+
+    def get_metadata(self) -> dict[str, Any]:
+        """What a checkpoint says of itself: config, tokenizer, heads, labels, markers, LoRA."""
+        network = self.network
+        metadata = super().get_metadata()
+        metadata['dhrd'] = {
+            'label_names': self.label_names,
+            'head': network.classifier.kind,
+            'pooling': network.pooling,
+            'dropout': network.classifier.dropout.p,
+            'lora': network.lora,
+            'pad_token_id': self.config.pad_token_id if self.tokenizer is None else self.tokenizer.pad_token_id,
+            **self.info,
+        }
+        return metadata
+
+
+def default_metrics(num_labels: int) -> list[Metric]:
+    """Accuracy and macro-F1, from torchmetrics."""
+    return [
+        MulticlassAccuracy(num_classes=num_labels, average='micro'),
+        MulticlassF1Score(num_classes=num_labels, average='macro'),
+    ]
