@@ -5,7 +5,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,7 +26,7 @@ class LoraConfig:
     target_modules: Any = field(
         default_factory=lambda: ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj', 'gate_proj']
     )
-    layers_to_transform: Optional[list[int]] = None
+    layers_to_transform: list[int] | None = None
 
 
 @dataclass
@@ -37,15 +37,15 @@ class ModelConfig:
     pretrained: bool = True
     config_overrides: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
-    attn_implementation: Optional[str] = None
+    attn_implementation: str | None = None
     head: str = 'mlp'
     pooling: str = 'last'
     classifier_dropout: float = 0.0
     reasoning_targets: str = 'sequence'
     chunk_size: int = 1024
-    lora: Optional[LoraConfig] = None
+    lora: LoraConfig | None = None
     freeze_backbone: bool = False
-    class_weights: Optional[list[float]] = None
+    class_weights: list[float] | None = None
     label_smoothing: float = 0.0
 
 
@@ -53,7 +53,7 @@ class ModelConfig:
 class TokenizerConfig:
     """The tokenizer; by default the model's own."""
 
-    name: Optional[str] = None
+    name: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -70,17 +70,17 @@ class MarkersConfig:
 class LoaderConfig:
     """Rows from a ``source`` file, or from shards (``local``, ``remote`` or ``streams``)."""
 
-    source: Optional[str] = None
-    split: Optional[str] = None
-    rationales: Optional[str] = None
+    source: str | None = None
+    split: str | None = None
+    rationales: str | None = None
     control: str = 'ConsistentReasoningLabel'
     control_seed: int = 17
-    cache_dir: Optional[str] = None
-    local: Optional[str] = None
-    remote: Optional[str] = None
+    cache_dir: str | None = None
+    local: str | None = None
+    remote: str | None = None
     streams: dict[str, dict[str, Any]] = field(default_factory=dict)
     shuffle: bool = True
-    shuffle_seed: Optional[int] = None
+    shuffle_seed: int | None = None
     num_workers: int = 0
     dataset: dict[str, Any] = field(default_factory=dict)  # anything else of streaming.StreamingDataset
 
@@ -99,32 +99,32 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     train_loader: LoaderConfig = field(default_factory=LoaderConfig)
-    eval_loaders: dict[str, Optional[LoaderConfig]] = field(default_factory=dict)
+    eval_loaders: dict[str, LoaderConfig | None] = field(default_factory=dict)
     optimizer: dict[str, Any] = MISSING
-    scheduler: Optional[dict[str, Any]] = None
-    algorithms: Optional[dict[str, Any]] = None
-    callbacks: Optional[dict[str, Any]] = None
-    loggers: Optional[dict[str, Any]] = None
+    scheduler: dict[str, Any] | None = None
+    algorithms: dict[str, Any] | None = None
+    callbacks: dict[str, Any] | None = None
+    loggers: dict[str, Any] | None = None
     max_duration: str = MISSING
     eval_interval: str = '1ep'
     eval_first: bool = False
     global_train_batch_size: int = MISSING
-    device_train_microbatch_size: Union[int, str] = 8
+    device_train_microbatch_size: int | str = 8
     device_eval_batch_size: int = 8
-    device: Optional[str] = None
-    precision: Optional[str] = None
-    fsdp_config: Optional[dict[str, Any]] = None
-    compile_config: Optional[dict[str, Any]] = None
+    device: str | None = None
+    precision: str | None = None
+    fsdp_config: dict[str, Any] | None = None
+    compile_config: dict[str, Any] | None = None
     dist_timeout: float = 600.0
     progress_bar: bool = True
     log_to_console: bool = False
     console_log_interval: str = '1ep'
-    python_log_level: Optional[str] = None
-    save_folder: Optional[str] = None
+    python_log_level: str | None = None
+    save_folder: str | None = None
     save_interval: str = '1ep'
     save_num_checkpoints_to_keep: int = -1
     save_overwrite: bool = False
-    load_path: Optional[str] = None
+    load_path: str | None = None
     load_weights_only: bool = False
     autoresume: bool = False
 

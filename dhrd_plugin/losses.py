@@ -3,7 +3,6 @@
 Nothing here knows of models or of Composer.
 """
 
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +71,7 @@ def _logits_grad(logits: Tensor, normalizers: Tensor, targets: Tensor) -> Tensor
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     targets: Tensor,
     chunk_size: int = 1024,
 ) -> Tensor:
@@ -104,7 +103,7 @@ def chunked_lm_loss(
     hidden: Tensor,
     labels: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor] = None,
+    bias: Tensor | None = None,
     chunk_size: int = 1024,
 ) -> Tensor:
     """Next-token loss of each sequence, a mean over its supervised tokens (Eq. 1 and 3).

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from composer import DataSpec, Evaluator, Time, Trainer
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from dhrd_plugin import registry
 from dhrd_plugin.config import as_dict, load_config, named_part, part_settings
 from dhrd_plugin.data.collation import Markers, TripletCollator, triplet_data_spec
-from dhrd_plugin.data.shards import cached_shards, read_summary
+from dhrd_plugin.data.shards import cached_shards
 from dhrd_plugin.data.streaming import MapTriplets, StreamingTripletDataset
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.errors import UserError
@@ -136,7 +136,7 @@ def check_limits(config: DictConfig) -> None:
         ) from None
 
 
-def _shards(loader: Any, task: Task, key: str) -> Optional[Path]:
+def _shards(loader: Any, task: Task, key: str) -> Path | None:
     """The folder of shards behind ``source``; written by one rank of each node, found by the others."""
     if not loader.source:
         return None
@@ -167,7 +167,7 @@ def build_collator(
 
 
 def build_train_loader(
-    config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase, folder: Optional[Path]
+    config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase, folder: Path | None
 ) -> DataSpec:
     """Stream the training rows."""
     loader = config.train_loader
@@ -193,7 +193,7 @@ def build_train_loader(
 
 
 def build_evaluator(
-    config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase, label: str, folder: Optional[Path]
+    config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase, label: str, folder: Path | None
 ) -> Evaluator:
     """Read evaluation rows by index, each exactly once on any number of ranks."""
     loader = config.eval_loaders[label]
@@ -213,7 +213,7 @@ def build_evaluator(
     return Evaluator(label=label, dataloader=triplet_data_spec(dataloader))
 
 
-def _where(loader: Any, folder: Optional[Path]) -> dict[str, Any]:
+def _where(loader: Any, folder: Path | None) -> dict[str, Any]:
     if folder is not None:
         return {'local': str(folder)}
     if loader.streams:
@@ -244,7 +244,7 @@ def build_model(config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBa
     )
     longest = getattr(causal_lm.config, 'max_position_embeddings', None)
     if longest is not None and config.max_seq_len > longest:
-        raise UserError(f'max_seq_len: found {config.max_seq_len}; expected at most {longest}, the positions of the model')
+        raise UserError(f'max_seq_len: found {config.max_seq_len}; expected at most the {longest} of the model')
     network = DualHeadNetwork(
         causal_lm,
         len(task.label_names),
@@ -352,6 +352,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str) -> 'Stages':
+        """Time the ``with`` block that follows as ``name``."""
         self._name, self._start = name, time.monotonic()
         return self
 
@@ -486,7 +487,7 @@ def run(work: Callable[[], Any]) -> int:
     return 0
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """``train.py YAML [key=value ...]``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ('-h', '--help'):

@@ -1,7 +1,6 @@
 """Adds the reasoning head's loss to a classifier's training (arXiv:2509.21487, Eq. 4)."""
 
 import math
-from typing import Optional
 
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
@@ -12,7 +11,7 @@ from dhrd_plugin.losses import combine_losses
 from dhrd_plugin.models.composer_model import RETURN_REASONING_LOSS, ComposerDualHeadClassifier
 
 
-def scheduled_alpha(alpha: float, schedule: Optional[ComposerScheduler], state: State) -> float:
+def scheduled_alpha(alpha: float, schedule: ComposerScheduler | None, state: State) -> float:
     """``alpha`` times the schedule at ``state.timestamp``.
 
     Raises:
@@ -49,7 +48,7 @@ class AuxiliaryReasoningLoss(Algorithm):
         >>> Trainer(model=model, algorithms=[AuxiliaryReasoningLoss(alpha=0.5)], ...)
     """
 
-    def __init__(self, alpha: float = 1.0, beta: float = 1.0, schedule: Optional[ComposerScheduler] = None):
+    def __init__(self, alpha: float = 1.0, beta: float = 1.0, schedule: ComposerScheduler | None = None):
         for name, weight in (('alpha', alpha), ('beta', beta)):
             if not 0 <= weight < math.inf:
                 raise UserError(f'auxiliary_reasoning_loss.{name}: found {weight}; expected a finite number >= 0')
@@ -68,7 +67,7 @@ class AuxiliaryReasoningLoss(Algorithm):
         del state
         return event in (Event.FIT_START, Event.BATCH_START, Event.BEFORE_FORWARD, Event.AFTER_LOSS)
 
-    def apply(self, event: Event, state: State, logger: Logger) -> Optional[int]:
+    def apply(self, event: Event, state: State, logger: Logger) -> int | None:
         """Ask for the reasoning loss, then add it."""
         if event == Event.FIT_START:
             return self._check(state)
@@ -86,7 +85,7 @@ class AuxiliaryReasoningLoss(Algorithm):
         if alpha == 0:
             state.loss = {'total': self.beta * classification, 'classification': classification}  # pyright: ignore
             return
-        reasoning = state.outputs['reasoning_loss']
+        reasoning = state.outputs['reasoning_loss']  # pyright: ignore
         state.loss = {
             'total': combine_losses(classification, reasoning, alpha, self.beta),  # pyright: ignore
             'classification': classification,

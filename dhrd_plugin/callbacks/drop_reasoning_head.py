@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from composer.core import Callback, State
@@ -26,7 +26,11 @@ def gather_network_state(model: nn.Module) -> dict[str, Tensor]:
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    return {name.removeprefix(_NETWORK): value for name, value in state.items() if name.startswith(_NETWORK)}
+    return {
+        name.removeprefix(_NETWORK): value
+        for name, value in state.items()
+        if name.startswith(_NETWORK) and isinstance(value, Tensor)
+    }
 
 
 def on_rank_zero(work: Callable[[], Any]) -> None:
@@ -35,7 +39,7 @@ def on_rank_zero(work: Callable[[], Any]) -> None:
     Raises:
         RuntimeError: on every rank, with rank 0's error.
     """
-    error: list[Optional[Exception]] = [None]
+    error: list[Exception | None] = [None]
     if dist.get_global_rank() == 0:
         try:
             work()
@@ -61,7 +65,7 @@ class DropReasoningHead(Callback):
         UserError: an unknown ``dtype``.
     """
 
-    def __init__(self, output_dir: str, dtype: Optional[str] = None):
+    def __init__(self, output_dir: str, dtype: str | None = None):
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f'drop_reasoning_head.dtype: found {dtype!r}; expected one of {list(DTYPES)}')
         self.output_dir = Path(output_dir)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from composer.core import DataSpec
@@ -86,7 +86,7 @@ class TripletCollator:
         self,
         tokenizer: PreTrainedTokenizerBase,
         label_names: Sequence[str],
-        max_seq_len: Optional[int] = None,
+        max_seq_len: int | None = None,
         reasoning_targets: str = 'sequence',
         markers: Markers = Markers(),
         reasoning: bool = True,
@@ -133,7 +133,7 @@ class TripletCollator:
             for triplet, ids, reason in zip(triplets, inputs, reasons)  # pyright: ignore
         ]
 
-    def _reason(self, triplet: dict[str, Any]) -> Optional[str]:
+    def _reason(self, triplet: dict[str, Any]) -> str | None:
         rationale = triplet.get('rationale') if self.reasoning else None
         return None if rationale is None else rationale and f' {rationale}'
 
@@ -143,7 +143,7 @@ class TripletCollator:
             return []
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)['input_ids']  # pyright: ignore
 
-    def _encode_row(self, triplet: dict[str, Any], input_ids: list[int], reason: Optional[list[int]]) -> Encoded:
+    def _encode_row(self, triplet: dict[str, Any], input_ids: list[int], reason: list[int] | None) -> Encoded:
         where = f'row {triplet["id"]}' if triplet.get('id') else 'a row'
         limit = self.max_seq_len or len(input_ids) + 1_000_000_000
         if not input_ids:
@@ -156,7 +156,8 @@ class TripletCollator:
         if reason is None:
             return Encoded(input_ids, len(input_ids), [])
         opening = self._tokenize([self._spaced(self.markers.reason)])[0] if reason else []
-        closing = sum(self._tokenize([self._spaced(self.markers.answer), f' {_answer(triplet)}']), [])
+        marker, answer = self._tokenize([self._spaced(self.markers.answer), f' {_answer(triplet)}'])
+        closing = marker + answer
         room = limit - len(input_ids) - len(opening) - len(closing)
         if room < (1 if reason else 0):
             return Encoded(input_ids, len(input_ids), [], cut=len(reason))

@@ -1,7 +1,7 @@
 """Triplets out of MDS shards: streamed for training, map-style for evaluation."""
 
 import hashlib
-from typing import Any, Optional
+from typing import Any
 
 from streaming import StreamingDataset
 from torch.utils.data import Dataset
@@ -11,7 +11,7 @@ from dhrd_plugin.errors import UserError
 REQUIRED_COLUMNS = ('id', 'input_text', 'label')
 
 
-def draw_rationale(rationale: Any, row_id: str, epoch: int, seed: int) -> Optional[str]:
+def draw_rationale(rationale: Any, row_id: str, epoch: int, seed: int) -> str | None:
     """One of several rationales, a pure function of seed, epoch and row (ours, not the paper's)."""
     if not isinstance(rationale, list):
         return rationale

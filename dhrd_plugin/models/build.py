@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ def build_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 def build_causal_lm(
     name: str,
     pretrained: bool = True,
-    config_overrides: Optional[Mapping[str, Any]] = None,
+    config_overrides: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the shared backbone with its LM head.

@@ -1,7 +1,7 @@
 """The ComposerModel around the dual-head network."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +37,12 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
     def __init__(
         self,
         network: DualHeadNetwork,
-        tokenizer: Optional[PreTrainedTokenizerBase] = None,
-        label_names: Optional[Sequence[str]] = None,
-        metrics: Optional[Sequence[Metric]] = None,
-        class_weights: Optional[Sequence[float]] = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        label_names: Sequence[str] | None = None,
+        metrics: Sequence[Metric] | None = None,
+        class_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
-        info: Optional[Mapping[str, Any]] = None,
+        info: Mapping[str, Any] | None = None,
     ):
         num_labels = network.num_labels
         self.label_names = list(label_names or (f'LABEL_{i}' for i in range(num_labels)))
@@ -59,6 +59,7 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
             allow_embedding_resizing=True,
         )
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.class_weights: Tensor | None
         self.register_buffer('class_weights', weights, persistent=False)
 
     @property
@@ -73,17 +74,16 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
     def loss(self, outputs: DualHeadOutput, batch: Mapping[str, Any]) -> Tensor:  # pyright: ignore
         """The classification loss (Eq. 2), a mean over the samples."""
         assert outputs.logits is not None
-        weights = self.class_weights
         losses = F.cross_entropy(
             outputs.logits,
             batch['labels'],
-            weight=None if weights is None else weights.to(outputs.logits.dtype),
+            weight=self.class_weights,
             reduction='none',
             label_smoothing=self.label_smoothing,
         )
         return losses.mean()
 
-    def eval_forward(self, batch: Mapping[str, Any], outputs: Optional[DualHeadOutput] = None) -> Tensor:  # pyright: ignore
+    def eval_forward(self, batch: Mapping[str, Any], outputs: DualHeadOutput | None = None) -> Tensor:  # pyright: ignore
         """[B, K] logits; never reads the rationale."""
         if outputs is None:
             outputs = self.forward({k: v for k, v in batch.items() if k != RETURN_REASONING_LOSS})

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from composer.models import HuggingFaceModel
@@ -23,7 +23,7 @@ def write_slim(
     metadata: Mapping[str, Any],
     state: Mapping[str, Tensor],
     out: str | Path,
-    dtype: Optional[torch.dtype] = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a slim classifier from a model's full state.
 
@@ -83,7 +83,8 @@ def slim_classifier(
     head = network.classifier.state_dict()
     stock = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(backbone), None)
     if network.classifier.kind == 'linear' and network.pooling == 'last' and stock is not None:
-        config = type(backbone)(**{**backbone.to_dict(), **common, 'architectures': [stock.__name__]})
+        architecture = stock.__name__  # pyright: ignore
+        config = type(backbone)(**{**backbone.to_dict(), **common, 'architectures': [architecture]})
         prefix = network.causal_lm.base_model_prefix
         return config, {f'{prefix}.{k}': v for k, v in weights.items()} | {'score.weight': head['out_proj.weight']}
     config = slim.SlimClassifierConfig(

@@ -1,7 +1,7 @@
 """The dual-head network: one decoder-only LM, two heads, one forward pass (arXiv:2509.21487, section 3.1)."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ class DualHeadOutput(ModelOutput):
         reasoning_loss: [B] mean next-token loss of each sequence; only when it was asked for.
     """
 
-    logits: Optional[Tensor] = None
-    reasoning_loss: Optional[Tensor] = None
+    logits: Tensor | None = None
+    reasoning_loss: Tensor | None = None
 
 
 class DualHeadNetwork(nn.Module):
@@ -61,7 +61,7 @@ class DualHeadNetwork(nn.Module):
         self.causal_lm = causal_lm
         self.config = causal_lm.config
         self.pooling = pooling
-        self.lora: Optional[dict[str, Any]] = None
+        self.lora: dict[str, Any] | None = None
         self.chunk_size = chunk_size
         self.classifier = ClassificationHead(
             self.config.hidden_size,
@@ -94,8 +94,8 @@ class DualHeadNetwork(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        pool_index: Optional[Tensor] = None,
-        reasoning_labels: Optional[Tensor] = None,
+        pool_index: Tensor | None = None,
+        reasoning_labels: Tensor | None = None,
         return_reasoning_loss: bool = False,
     ) -> DualHeadOutput:
         """Both heads from one pass; only the input span where the reasoning loss is not asked for.

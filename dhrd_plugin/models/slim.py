@@ -20,7 +20,7 @@ class SlimClassifierConfig(PretrainedConfig):
     """
 
     model_type = 'dhrd_slim_classifier'
-    sub_configs = {'backbone': AutoConfig}
+    sub_configs = {'backbone': AutoConfig}  # pyright: ignore
 
     def __init__(self, backbone=None, head='mlp', pooling='last', classifier_dropout=0.0, **kwargs):
         if isinstance(backbone, dict):
@@ -63,4 +63,4 @@ class SlimClassifier(PreTrainedModel):
         pooled = pool(hidden, attention_mask, last_real_index(attention_mask), self.config.pooling)
         logits = self.classifier(pooled)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return SequenceClassifierOutput(loss=loss, logits=logits)  # pyright: ignore

