@@ -1,12 +1,11 @@
 """Config in, trained model out."""
 
 import importlib.metadata
-import json
 import math
-import os
+import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_plugin import registry
+from dhrd_plugin.cli import run
 from dhrd_plugin.config import as_dict, load_config, named_part, part_settings
 from dhrd_plugin.data.collation import Markers, TripletCollator, triplet_data_spec
 from dhrd_plugin.data.shards import cached_shards
@@ -433,7 +433,7 @@ def finish(config: DictConfig, trainer: Trainer, counter: TokenCounter, seconds:
     print(f'summary: {path}')
     if summary['export']:
         print(f'slim classifier: {summary["export"]}')
-        print(f'try: python scripts/predict.py {summary["export"]} {json.dumps(_example(trainer))}', flush=True)
+        print(f'try: python scripts/predict.py {summary["export"]} {shlex.quote(_example(trainer))}', flush=True)
 
 
 def summarize(
@@ -474,17 +474,6 @@ def _example(trainer: Trainer) -> str:
     for evaluator in trainer.state.evaluators:
         return evaluator.dataloader.dataloader.dataset[0]['input_text']  # pyright: ignore
     return trainer.state.train_dataloader.dataset[0]['input_text']  # pyright: ignore
-
-
-def run(work: Callable[[], Any]) -> int:
-    """Run a verb; a user's mistake becomes one line on stderr and exit status 2."""
-    try:
-        work()
-    except UserError as error:
-        if int(os.environ.get('RANK', 0)) == 0:
-            print(f'error: {error}', file=sys.stderr, flush=True)
-        return 2
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
