@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dhrd_plugin.data.streaming import StreamingTripletDataset
     from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
     from dhrd_plugin.models.network import DualHeadNetwork
-    from dhrd_plugin.train import train
+    from dhrd_plugin.training import train
 
 _WHERE = {
     'AuxiliaryReasoningLoss': 'algorithms.auxiliary_reasoning_loss',
@@ -22,7 +22,7 @@ _WHERE = {
     'StreamingTripletDataset': 'data.streaming',
     'TripletCollator': 'data.collation',
     'load_config': 'config',
-    'train': 'train',
+    'train': 'training',
     'write_triplets': 'data.shards',
 }
 

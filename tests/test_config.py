@@ -1,0 +1,85 @@
+"""A mistake in the YAML is one line that names the key, before data or weights are touched."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dhrd_plugin import load_config
+from dhrd_plugin.config import part_settings
+from dhrd_plugin.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def yaml(root):
+    return root / 'yamls' / 'rte.yaml'
+
+
+@pytest.mark.parametrize(
+    ('override', 'expected'),
+    [
+        ('sede=1', "sede: unknown key; did you mean 'seed'?"),
+        ('model.poling=last', "model.poling: unknown key; did you mean 'pooling'?"),
+        ('model.lora.rank=8', 'model.lora.rank: unknown key'),
+        ('train_loader.sorce=x', "train_loader.sorce: unknown key; did you mean 'source'?"),
+        ('eval_loaders.validation.sufle=true', "eval_loaders.validation.sufle: unknown key; did you mean 'shuffle'?"),
+        (
+            'algorithms.auxiliary_reasoning_loss.alhpa=1',
+            "algorithms.auxiliary_reasoning_loss.alhpa: unknown key; did you mean 'alpha'?",
+        ),
+        ('algorithms.auxiliary_resoning_loss.alpha=1', "did you mean 'auxiliary_reasoning_loss'?"),
+        (
+            'algorithms.auxiliary_reasoning_loss.schedule={name: linear, alhpa_f: 0}',
+            "schedule.alhpa_f: unknown key; did you mean 'alpha_f'?",
+        ),
+        ('algorithms.auxiliary_reasoning_loss.alpha=high', "alpha: found 'high'; expected float"),
+        ('algorithms.auxiliary_reasoning_loss=3', 'found 3; expected a mapping'),
+        ('callbacks.drop_reasoning_head.output_dirr=x', "did you mean 'output_dir'?"),
+        ('callbacks.speed_monitor={windowsize: 3}', "did you mean 'window_size'?"),
+        ('loggers.mlflow={experiment: x}', "did you mean 'experiment_name'?"),
+        ('optimizer.learning_rate=1', 'optimizer.learning_rate: unknown key'),
+        ('optimizer.name=adammw', "did you mean 'adamw'?"),
+        ('scheduler.name=cosine_warmup', "did you mean 'cosine_with_warmup'?"),
+        ('seed=many', 'seed: '),
+        ('global_train_batch_size=0', 'global_train_batch_size: found 0; expected a positive number'),
+        ('model.head=mpl', "model.head: found 'mpl'; did you mean 'mlp'?"),
+        ('train_loader.control=OnlyLabels', "did you mean 'OnlyLabel'?"),
+        ('max_duration', 'max_duration: expected an override of the form key=value'),
+    ],
+)
+def test_a_wrong_override_is_told_in_one_line(yaml, override, expected):
+    with pytest.raises(UserError) as error:
+        load_config(yaml, [override])
+    assert expected in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_the_yaml_itself(tmp_path):
+    with pytest.raises(UserError, match='no such file'):
+        load_config(tmp_path / 'none.yaml')
+    (tmp_path / 'broken.yaml').write_text('a: [1')
+    with pytest.raises(UserError, match='not valid YAML'):
+        load_config(tmp_path / 'broken.yaml')
+    (tmp_path / 'empty.yaml').write_text('task: rte')
+    with pytest.raises(UserError, match='missing'):
+        load_config(tmp_path / 'empty.yaml')
+
+
+def test_values_are_typed_and_interpolated(yaml):
+    config = load_config(yaml, ['run_name=x', 'seed=3', 'algorithms.gradient_clipping=null'])
+    assert config.output_dir == 'runs/x'
+    assert config.callbacks.drop_reasoning_head.output_dir == 'runs/x/slim'
+    assert config.seed == 3
+    assert list(part_settings(config, 'algorithms')) == ['auxiliary_reasoning_loss']
+    with pytest.raises(Exception, match='max_durations'):
+        config.max_durations = '1ep'
+
+
+def test_the_command_says_it_without_a_traceback(root, yaml):
+    command = [sys.executable, str(root / 'scripts' / 'train.py'), str(yaml)]
+    overrides = ['algorithms.auxiliary_reasoning_loss.alhpa=1', 'train_loader.source=absent.jsonl']
+    done = subprocess.run(command + overrides, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if 'Warning' not in line and not line.startswith(' ')]
+    assert line.startswith('error: ')
+    assert "algorithms.auxiliary_reasoning_loss.alhpa: unknown key; did you mean 'alpha'?" in line

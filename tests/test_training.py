@@ -1,0 +1,163 @@
+"""The whole run, from the YAML to the export, on the packaged model cut to its first two layers."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from dhrd_plugin import load_config, train
+from dhrd_plugin.errors import UserError
+from dhrd_plugin.predict import load_classifier, main, predict
+
+SMALL = [
+    'model.config_overrides={num_hidden_layers: 2}',
+    'eval_loaders.contrast=null',
+    'log_to_console=false',
+    'max_duration=3ba',
+]
+SERIES = ('loss/train/total', 'loss/train/classification', 'loss/train/reasoning', 'dhrd/alpha', 'dhrd/beta')
+
+
+def small_config(root: Path, out: Path, *overrides: str):
+    return load_config(root / 'yamls' / 'rte.yaml', [*SMALL, f'output_dir={out}', *overrides])
+
+
+@pytest.fixture(scope='module')
+def run(root, tmp_path_factory):
+    """One run of the shipped YAML; the trainer and its folder."""
+    out = tmp_path_factory.mktemp('run')
+    return train(small_config(root, out, 'loggers.in_memory={}')), out
+
+
+def test_the_summary_says_what_was_done(run):
+    _, out = run
+    summary = json.loads((out / 'summary.json').read_text())
+    assert 0 <= summary['metrics']['validation']['MulticlassAccuracy'] <= 1
+    assert summary['rows'] == 48 and summary['steps'] == 3
+    assert summary['tokens'] > 48 * 20 and summary['rationales_cut'] == 0
+    assert {'data', 'model', 'fit'} <= set(summary['seconds'])
+    assert summary['versions']['mosaicml'] == '0.32.1'
+    assert summary['config']['algorithms']['auxiliary_reasoning_loss']['alpha'] > 0
+    assert summary['export'] == str(out / 'slim')
+
+
+def test_all_five_series_are_logged(run):
+    trainer, _ = run
+    (logged,) = [logger for logger in trainer.logger.destinations if hasattr(logger, 'data')]
+    for name in SERIES:
+        values = [float(value) for _, value in logged.data[name]]
+        assert len(values) == 3 and all(math.isfinite(value) for value in values), name
+
+
+@pytest.mark.parametrize('plain_torch', [False, True])
+def test_the_export_has_the_logits_of_the_live_model_on_every_validation_row(run, plain_torch):
+    trainer, out = run
+    if plain_torch:
+        model = AutoModelForSequenceClassification.from_pretrained(out / 'slim', trust_remote_code=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(out / 'slim')
+    else:
+        model, tokenizer = load_classifier(out / 'slim')
+    assert model.config.id2label == {0: 'entailment', 1: 'not_entailment'}
+    live = trainer.state.model.eval()
+    loader = trainer.state.evaluators[0].dataloader.dataloader
+    texts = [row['input_text'] for row in (loader.dataset[i] for i in range(len(loader.dataset)))]
+    assert len(texts) == 150
+    with torch.inference_mode():
+        expected = torch.cat([live.eval_forward(batch) for batch in loader])
+    torch.testing.assert_close(predict(model, tokenizer, texts), expected.softmax(-1), atol=1e-5, rtol=0)
+
+
+def test_predict_prints_a_label_for_each_text(run, capsys, tmp_path):
+    _, out = run
+    rows = tmp_path / 'rows.jsonl'
+    rows.write_text('{"premise": "It rained.", "hypothesis": "It was wet."}\n{"input_text": "A text."}\nA text.\n')
+    assert main([str(out / 'slim'), '--input', str(rows)]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(answers) == 3
+    assert answers[1] == answers[2]
+    assert set(answers[0]['probabilities']) == {'entailment', 'not_entailment'}
+    assert main([str(tmp_path), 'text']) == 2
+    assert 'config.json' in capsys.readouterr().err
+
+
+def test_without_the_algorithm_it_is_the_pooled_baseline(root, tmp_path):
+    trainer = train(small_config(root, tmp_path, 'algorithms.auxiliary_reasoning_loss=null'))
+    assert (tmp_path / 'slim' / 'model.safetensors').is_file()
+    seen = trainer.state.train_dataloader.collate_fn([trainer.state.train_dataloader.dataset[0]])
+    assert 'reasoning_labels' not in seen
+    assert 'loss/train/reasoning' not in trainer.state.total_loss_dict
+
+
+def test_two_runs_of_one_seed_are_the_same(root, run, tmp_path):
+    _, out = run
+    train(small_config(root, tmp_path))
+    first, second = [json.loads((folder / 'summary.json').read_text())['metrics'] for folder in (out, tmp_path)]
+    assert first == second
+    weights = [(folder / 'slim' / 'model.safetensors').read_bytes() for folder in (out, tmp_path)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_the_composer_command(root, tmp_path, ranks):
+    """277 - not 278 or 288 - rows are evaluated on two ranks."""
+    rows = tmp_path / 'odd.jsonl'
+    lines = (root / 'dhrd_plugin' / 'data' / 'sample' / 'validation.jsonl').read_text().splitlines()
+    rows.write_text('\n'.join(lines[:31]) + '\n')
+    overrides = [*SMALL, f'output_dir={tmp_path}', f'eval_loaders.validation.source={rows}', 'log_to_console=true']
+    command = [str(Path(sys.executable).parent / 'composer'), '-n', str(ranks), 'scripts/train.py', 'yamls/rte.yaml']
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command + overrides, cwd=root, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f'python scripts/predict.py {tmp_path}/slim' in done.stdout
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    assert summary['world_size'] == ranks
+    correct = summary['metrics']['validation']['MulticlassAccuracy'] * 31
+    assert abs(correct - round(correct)) < 1e-4
+
+
+def test_real_rte_by_overrides_alone(root, shared, tmp_path):
+    trainer = train(
+        small_config(
+            root,
+            tmp_path,
+            f'train_loader.source={shared}/superglue/RTE/train.jsonl',
+            f'train_loader.rationales={shared}/rationales/rte_train.jsonl',
+            f'eval_loaders.validation.source={shared}/superglue/RTE/val.jsonl',
+            'eval_interval=0ba',
+            'max_duration=2ba',
+        )
+    )
+    assert trainer.state.train_dataloader.dataset.num_samples == 2490
+    assert set(trainer.state.total_loss_dict) == set(SERIES[:3])
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'expected'),
+    [
+        (['train_loader.source=absent.jsonl'], 'train_loader.source: no such file: absent.jsonl'),
+        (['train_loader.source=null'], 'train_loader: found no rows; expected source, local, remote or streams'),
+        (['train_loader.local=x'], 'train_loader: found source and local; expected one of them'),
+        (['precision=amp_bf16', 'device=cpu'], "precision: found 'amp_bf16' on a CPU"),
+        (['device_train_microbatch_size=auto', 'device=cpu'], "device_train_microbatch_size: found 'auto' on a CPU"),
+        (['fsdp_config={sharding_strategy: FULL_SHARD}'], 'fsdp_config: found with one process'),
+        (['max_duration=2epochs'], "max_duration: found '2epochs'; expected a Composer time string"),
+        (['task=rtee'], 'rte'),
+        (['model.pretrained_model_name_or_path=package:no_such'], 'package:no_such: not installed'),
+    ],
+)
+def test_what_cannot_work_is_refused_early(root, tmp_path, overrides, expected):
+    with pytest.raises(UserError) as error:
+        train(small_config(root, tmp_path, *overrides))
+    assert expected in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_importing_the_package_loads_neither_torch_nor_composer():
+    code = "import sys, dhrd_plugin; assert not {'torch', 'composer', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, '-c', code], check=True)
