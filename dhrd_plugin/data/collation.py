@@ -162,15 +162,11 @@ class TripletCollator:
         if room < (1 if reason else 0):
             return Encoded(input_ids, len(input_ids), [], cut=len(reason))
         kept = reason[:room]
-        continuation = kept + closing
-        ids = input_ids + opening + continuation
-        labels = ids if self.reasoning_targets == 'sequence' else [IGNORE_INDEX] * (len(ids) - len(continuation))
-        return Encoded(
-            ids,
-            len(input_ids),
-            labels if labels is ids else labels + continuation,
-            cut=len(reason) - len(kept),
-        )
+        ids = input_ids + opening + kept + closing
+        # Nothing predicts the first token: under left padding a pad would stand before it.
+        first = 1 if self.reasoning_targets == 'sequence' else len(input_ids) + len(opening)
+        labels = [IGNORE_INDEX] * first + ids[first:]
+        return Encoded(ids, len(input_ids), labels, cut=len(reason) - len(kept))
 
     def _spaced(self, marker: str) -> str:
         return marker if self.markers.as_tokens else f' {marker}'
