@@ -128,9 +128,7 @@ def cached_shards(
     if is_whole(folder):
         return folder
     joined: dict[str, int] = {}
-    triplets = read_triplets(
-        paths[0], task, rationales, labelled=labelled, max_row_bytes=max_row_bytes, report=joined
-    )
+    triplets = read_triplets(paths[0], task, rationales, labelled=labelled, max_row_bytes=max_row_bytes, report=joined)
     summary = {**options, 'key': key, 'joined': joined, 'sources': [str(path) for path in paths]}
     triplets = apply_control(triplets, control, seed)
     with _beside(folder) as temporary:
@@ -165,22 +163,23 @@ def check_triplet(row: Mapping[str, Any], task: Task | None = None) -> Triplet:
     Raises:
         UserError: a field is missing, unknown or of the wrong type, or the label is not the task's.
     """
+    get = row.get
     try:
-        for key in row.keys() - COLUMNS.keys():
+        if not row.keys() <= COLUMNS.keys():
+            (key, *_) = row.keys() - COLUMNS.keys()
             raise BadRow(str(key), f'is no field of a triplet; those are {", ".join(COLUMNS)}')
-        label = check_text(row.get('label'), 'label', empty=True)
-        if task and label not in ('', *task.label_names):
+        label, rationale = check_text(get('label'), 'label', True), get('rationale')
+        if task and label and label not in task.answers:
             raise BadRow('label', f'{label!r} is none of {", ".join(task.label_names)}')
-        answer = row.get('answer', task.answers.get(label, '') if task else label)
-        rationale = row.get('rationale')
+        answer = row['answer'] if 'answer' in row else task.answers.get(label, '') if task else label
         return {
-            'id': check_text(row.get('id'), 'id'),
-            'input_text': check_text(row.get('input_text'), 'input_text'),
+            'id': check_text(get('id'), 'id'),
+            'input_text': check_text(get('input_text'), 'input_text'),
             'label': label,
-            'answer': check_text(answer, 'answer', empty=not label),
+            'answer': check_text(answer, 'answer', not label),
             'rationale': rationale if rationale == '' else check_rationale(rationale, 'rationale'),
-            'weight': check_weight(row.get('weight'), 'weight'),
-            'group': check_text(row.get('group', ''), 'group', empty=True),
+            'weight': check_weight(get('weight'), 'weight'),
+            'group': check_text(get('group', ''), 'group', True),
         }
     except BadRow as error:
         raise error.at(f'triplet {row.get("id", "without id")!r}', dict(row)) from None
@@ -202,8 +201,8 @@ def _write(
     """Shards, summary and, last of all, the index."""
     labels = Counter(dict.fromkeys(task.label_names, 0) if task else {})
     counts: Counter[str] = Counter()
-    chunks = _chunks(_counted(triplets, task, labels, counts), size_limit)
-    shards = list(_write_shards(chunks, folder, workers, options))
+    chunks = _chunks((check_triplet(row, task) for row in triplets), size_limit)
+    shards = list(_write_shards(_counted(chunks, labels, counts), folder, workers, options))
     if not shards:
         raise UserError('there is no row to write')
     written = {
@@ -221,15 +220,12 @@ def _write(
     return written
 
 
-def _counted(
-    triplets: Iterable[Mapping[str, Any]], task: Task | None, labels: Counter[str], counts: Counter[str]
-) -> Iterator[Triplet]:
-    for row in triplets:
-        triplet = check_triplet(row, task)
-        labels[triplet['label']] += 1
-        counts['rows'] += 1
-        counts['without_rationale'] += triplet['rationale'] is None
-        yield triplet
+def _counted(chunks: Iterable[list[Triplet]], labels: Counter[str], counts: Counter[str]) -> Iterator[list[Triplet]]:
+    for chunk in chunks:
+        labels.update(triplet['label'] for triplet in chunk)
+        counts['rows'] += len(chunk)
+        counts['without_rationale'] += sum(triplet['rationale'] is None for triplet in chunk)
+        yield chunk
 
 
 def _chunks(triplets: Iterable[Triplet], limit: int) -> Iterator[list[Triplet]]:
@@ -237,7 +233,9 @@ def _chunks(triplets: Iterable[Triplet], limit: int) -> Iterator[list[Triplet]]:
     chunk: list[Triplet] = []
     size = 0
     for triplet in triplets:
-        length = len(triplet['input_text']) + len(''.join(triplet['rationale'] or ''))
+        rationale = triplet['rationale'] or ''
+        texts = [rationale] if isinstance(rationale, str) else rationale
+        length = len(triplet['input_text']) + sum(map(len, texts))
         if chunk and size + length > limit:
             yield chunk
             chunk, size = [], 0
@@ -274,9 +272,7 @@ def _leave_interrupts_to_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _write_shard(
-    folder: Path, number: int, triplets: list[Triplet], options: Mapping[str, Any]
-) -> dict[str, Any]:
+def _write_shard(folder: Path, number: int, triplets: list[Triplet], options: Mapping[str, Any]) -> dict[str, Any]:
     """Writes one shard; returns its entry of the index."""
     from streaming import MDSWriter
 

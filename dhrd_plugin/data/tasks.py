@@ -236,7 +236,7 @@ def check_text(value: object, field: str, empty: bool = False) -> str:
         raise BadRow(field, f'{_json(value)} where text belongs')
     if not empty and (not value or value.isspace()):
         raise BadRow(field, 'is empty')
-    if not is_unicode(value):
+    if not (value.isascii() or is_unicode(value)):
         raise BadRow(field, 'is not valid Unicode (a lone surrogate)')
     return value
 
@@ -264,7 +264,7 @@ def check_weight(value: object, field: str, typed: bool = True) -> float:
     if not typed and isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRow(field, f'{_json(value)} where a number belongs')
     if not (math.isfinite(value) and value >= 0):
         raise BadRow(field, f'{value} where a finite number, zero or more, belongs')
@@ -274,9 +274,10 @@ def check_weight(value: object, field: str, typed: bool = True) -> float:
 def is_unicode(text: str) -> bool:
     """Whether ``text`` can be written as UTF-8: JSON can spell lone surrogates, UTF-8 cannot."""
     try:
-        return text.isascii() or bool(text.encode())
+        text.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------
@@ -332,7 +333,7 @@ def _ident(scope: Mapping[str, Any], spec: str) -> str:
 def _number(value: object, field: str, spec: str) -> str:
     if value is None:
         raise BadRow(field, 'is missing')
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRow(field, f'{_json(value)} where a number belongs')
     try:
         return format(value, spec)
@@ -381,7 +382,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from None
     if not isinstance(data, Mapping):
-        raise UserError(f'{path}: expected a mapping of keys, see the package\'s templates')
+        raise UserError(f"{path}: expected a mapping of keys, see the package's templates")
     return data
 
 

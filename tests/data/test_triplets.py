@@ -1,0 +1,419 @@
+"""Reading rows of every kind, the join, the controls."""
+
+import csv
+import json
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dhrd_plugin.data.rows import read_rows, source_file
+from dhrd_plugin.data.tasks import BadRow, load_task
+from dhrd_plugin.data.triplets import CONTROLS, apply_control, join_rationales, read_triplets
+from dhrd_plugin.errors import UserError
+
+RTE = load_task('rte')
+ROWS = [
+    {'idx': 0, 'premise': 'It rains.', 'hypothesis': 'It is "wet",\nno?', 'label': 'entailment'},
+    {'idx': 1, 'premise': 'Ünïcode 😀', 'hypothesis': 'It is dry.', 'label': 'not_entailment'},
+]
+COUNTS = {  # PAPER Table 4, for the splits of the public files
+    'BoolQ': {'val': 3270},
+    'CB': {'train': 250, 'val': 56, 'test': 250},
+    'COPA': {'train': 400, 'val': 100, 'test': 500},
+    'MultiRC': {'train': 27243, 'val': 4848},
+    'RTE': {'train': 2490, 'val': 277, 'test': 3000},
+    'WiC': {'train': 5428, 'val': 638, 'test': 1400},
+    'WSC': {'train': 554, 'val': 104, 'test': 146},
+}
+CREAK = """
+name: creak
+prompt: |-
+  Claim: {sentence}
+  Is the claim true or false?
+id: ex_id
+labels: [{value: 'false', answer: 'False'}, {value: 'true', answer: 'True'}]
+rationale: explanation
+"""
+
+
+def write_jsonl(path, rows):
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows), 'utf-8')
+    return path
+
+
+def triplet(ident, rationale='r', answer='a'):
+    return {'id': str(ident), 'input_text': 'x', 'label': answer, 'answer': answer, 'rationale': rationale,
+            'weight': 1.0, 'group': ''}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Real data
+
+
+@pytest.mark.parametrize(('name', 'split'), [(name, split) for name in COUNTS for split in COUNTS[name]])
+def test_superglue_has_the_papers_row_counts(shared, name, split):
+    rows = list(
+        read_triplets(shared / 'superglue' / name, load_task(name.lower()), split=split, labelled=split != 'test')
+    )
+    assert len(rows) == COUNTS[name][split]
+    assert all(row['label'] for row in rows) == (split != 'test')
+
+
+def test_every_rationale_of_rte_joins(shared):
+    report = {}
+    rationales = shared / 'rationales' / 'rte_train.jsonl'
+    rows = list(read_triplets(shared / 'superglue' / 'RTE', RTE, rationales, 'train', report=report))
+    assert report == {'rationales': 2490, 'joined': 2490, 'replaced': 0, 'unmatched': 0, 'rows_without': 0}
+    assert all(row['rationale'] for row in rows)
+
+
+def test_creak_is_a_template_alone(shared, tmp_path):
+    (tmp_path / 'creak.yaml').write_text(CREAK)
+    rows = list(read_triplets(shared / 'creak' / 'train.json', load_task(tmp_path / 'creak.yaml')))
+    assert len(rows) == 10176 and sum(row['label'] == 'true' for row in rows) == 5088
+    assert rows[0]['rationale'].startswith('The rock group')
+
+
+def test_the_sample_reads_as_rte_with_its_own_rationales(sample):
+    rows = list(read_triplets(sample, RTE, split='train'))
+    assert len(rows) == 750 and all(row['rationale'] for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# Kinds of files
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'jsonl with mark', 'lines in json', 'array', 'csv', 'parquet'])
+def test_every_kind_of_file_gives_the_same_triplets(tmp_path, kind):
+    path = tmp_path / {
+        'csv': 'a.csv',
+        'parquet': 'a.parquet',
+        'array': 'a.json',
+        'lines in json': 'a.json',
+    }.get(kind, 'a.jsonl')
+    if kind == 'parquet':
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif kind == 'csv':
+        with path.open('w', encoding='utf-8-sig', newline='') as file:
+            writer = csv.DictWriter(file, ROWS[0])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif kind == 'array':
+        path.write_text(json.dumps(ROWS, indent=1, ensure_ascii=False), 'utf-8')
+    else:
+        write_jsonl(path, ROWS)
+    if kind == 'jsonl with mark':
+        path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes().replace(b'\n', b'\r\n\r\n'))
+    rows = list(read_triplets(path, RTE))
+    assert [row['id'] for row in rows] == ['0', '1']
+    assert rows == [next(RTE.triplets(row)) for row in ROWS]
+
+
+def test_csv_cells_have_no_types(tmp_path):
+    path = tmp_path / 'a.csv'
+    path.write_text('a,label,rationale,weight\nx,true,,2.5\ny,False,why,\n')
+    task = load_task({'name': 'x', 'prompt': '{a}', 'labels': [False, True]})
+    first, second = read_triplets(path, task)
+    assert (first['label'], first['rationale'], first['weight']) == ('True', None, 2.5)
+    assert (second['label'], second['rationale'], second['id']) == ('False', 'why', '2')
+
+
+def test_jsonl_streams_in_constant_memory(tmp_path):
+    def peak(count):
+        with (tmp_path / 'big.jsonl').open('w') as file:
+            for index in range(count):
+                file.write(json.dumps({**ROWS[0], 'idx': index, 'premise': 'p' * 200}) + '\n')
+        write_jsonl(tmp_path / 'r.jsonl', [{'idx': index, 'rationale': 'r' * 200} for index in range(count)])
+        tracemalloc.start()
+        for _ in read_triplets(tmp_path / 'big.jsonl', RTE, tmp_path / 'r.jsonl'):
+            pass
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(100)  # what is made once
+    assert peak(20_000) < peak(2_000) + 500_000  # the files differ by 9 MB
+
+
+def test_an_endless_line_does_not_fill_the_memory(tmp_path):
+    path = tmp_path / 'a.jsonl'
+    path.write_text('{"premise": "' + 'x' * 20_000_000 + '"}\n' + json.dumps(ROWS[1]) + '\n')
+    bad = []
+    tracemalloc.start()
+    rows = list(read_triplets(path, RTE, on_bad=bad.append))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [row['id'] for row in rows] == ['1'] and len(bad) == 1 and most < 10_000_000
+
+
+def test_folders_and_splits(tmp_path):
+    write_jsonl(tmp_path / 'train.jsonl', ROWS)
+    write_jsonl(tmp_path / 'val.jsonl', ROWS)
+    assert source_file(tmp_path, 'validation') == source_file(tmp_path, 'val') == tmp_path / 'val.jsonl'
+    for split, message in [
+        (None, r'name a split \(here: train, validation\)'),
+        ('test', "has no split 'test'"),
+        ('tain', "unknown split 'tain'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            source_file(tmp_path, split)
+    (tmp_path / 'dev.csv').touch()
+    with pytest.raises(UserError, match=r'ambiguous: dev.csv, val.jsonl'):
+        source_file(tmp_path, 'val')
+    with pytest.raises(UserError, match='is one file'):
+        source_file(tmp_path / 'train.jsonl', 'train')
+    with pytest.raises(UserError, match='no such file or folder'):
+        source_file(tmp_path / 'none')
+    (tmp_path / 'a.txt').touch()
+    with pytest.raises(UserError, match=r"unknown kind of file '.txt'"):
+        list(read_rows(tmp_path / 'a.txt'))
+
+
+# ------------------------------------------------------------------------------------------------
+# The hub, by a local stand-in of the same schema
+
+
+def hub_folder(path, config, features, rows):
+    """A data set repository as the hub holds it: Parquet under a README that lists the configs."""
+    from datasets import Dataset, Features
+
+    (path / config).mkdir(parents=True)
+    for split in rows:
+        Dataset.from_list(rows[split], Features(features)).to_parquet(path / config / f'{split}-00000-of-00001.parquet')
+    files = ''.join(f'  - {{split: {split}, path: {config}/{split}-*}}\n' for split in rows)
+    (path / 'README.md').write_text(f'---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n')
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+    return tmp_path / 'super_glue'
+
+
+def test_hub_rows_with_class_numbers(hub):
+    from datasets import ClassLabel, Value
+
+    text, number = Value('string'), Value('int32')
+    features = {
+        'premise': text,
+        'hypothesis': text,
+        'idx': number,
+        'label': ClassLabel(names=list(RTE.label_names)),
+    }
+    rows = {
+        'train': [{**ROWS[0], 'label': 0}, {**ROWS[1], 'label': 1}],
+        'test': [{**ROWS[0], 'label': -1}],
+    }
+    hub_folder(hub, 'rte', features, rows)
+    assert list(read_triplets(f'hub:{hub}', RTE, split='train')) == [next(RTE.triplets(row)) for row in ROWS]
+    assert [row['label'] for row in read_triplets(f'hub:{hub}:rte', RTE, split='test', labelled=False)] == ['']
+    with pytest.raises(BadRow, match='row 1, field label: is missing'):
+        list(read_triplets(f'hub:{hub}', RTE, split='test'))
+    with pytest.raises(UserError, match=r"cannot load .*split 'validation'"):
+        list(read_triplets(f'hub:{hub}', RTE, split='val'))
+    with pytest.raises(UserError, match='name a split'):
+        list(read_triplets(f'hub:{hub}', RTE))
+
+
+def test_hub_rows_of_multirc_are_flat(hub):
+    from datasets import ClassLabel, Value
+
+    text, number = Value('string'), Value('int32')
+    features = {'paragraph': text, 'question': text, 'answer': text, 'label': ClassLabel(names=['False', 'True']),
+                'idx': {'paragraph': number, 'question': number, 'answer': number}}  # fmt: skip
+    row = {'paragraph': 'P', 'question': 'Q', 'answer': 'A', 'label': 1,
+           'idx': {'paragraph': 7, 'question': 9, 'answer': 4}}  # fmt: skip
+    hub_folder(hub, 'multirc', features, {'train': [row]})
+    (found,) = read_triplets(f'hub:{hub}', load_task('multirc'), split='train')
+    assert (found['id'], found['group'], found['label'], found['answer']) == ('7-9-4', '7-9', 'True', 'Yes')
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad rows
+
+GOOD = json.dumps(ROWS[1]).encode() + b'\n'
+BAD_LINES = {
+    'missing field': (b'{"idx": 0, "premise": "a", "label": "entailment"}', 'field hypothesis: is missing'),
+    'label outside': (json.dumps({**ROWS[0], 'label': 'maybe'}).encode(), 'field label: "maybe" is none of'),
+    'number': (json.dumps({**ROWS[0], 'premise': 7}).encode(), 'field premise: 7 where text belongs'),
+    'empty text': (json.dumps({**ROWS[0], 'premise': ''}).encode(), 'field premise: is empty'),
+    'invalid UTF-8': (b'{"idx": 0, "premise": "\xff", "hypothesis": "h", "label": "entailment"}',
+                      'field premise: is not valid UTF-8'),
+    '5 MB': (json.dumps({**ROWS[0], 'premise': 'x' * 5_000_000}).encode(), 'longer than 1,048,576 bytes'),
+    'duplicate id': (json.dumps({**ROWS[0], 'idx': 1}).encode(), "field id: '1' stands twice, first in .*, line 1"),
+    'empty rationale': (json.dumps({**ROWS[0], 'rationale': ''}).encode(), 'field rationale: is empty'),
+    'no JSON': (b'{"idx": 0, "premise": }', 'field premise: not valid JSON: Expecting value, column 23'),
+    'no object': (b'[1]', 'list where an object of fields belongs'),
+    'too deep': (b'[' * 100_000, 'nested too deeply'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', BAD_LINES)
+def test_a_bad_line_is_named_or_set_aside(tmp_path, name):
+    line, message = BAD_LINES[name]
+    path = tmp_path / 'a.jsonl'
+    path.write_bytes(GOOD + line + b'\n' + GOOD.replace(b'"idx": 1', b'"idx": 2'))
+    with pytest.raises(BadRow, match=f'^{path}, line 2.*{message}') as error:
+        list(read_triplets(path, RTE))
+    assert len(str(error.value)) < 500 and '\n' not in str(error.value)
+    bad = []
+    assert [row['id'] for row in read_triplets(path, RTE, on_bad=bad.append)] == ['1', '2']
+    assert [str(row) for row in bad] == [str(error.value)]
+
+
+def test_a_truncated_last_line(tmp_path):
+    path = tmp_path / 'a.jsonl'
+    path.write_bytes(GOOD + b'{"idx": 2, "premise": "It ra')
+    with pytest.raises(BadRow, match=r'line 2, field premise: not valid JSON.*the file breaks off in this row'):
+        list(read_triplets(path, RTE))
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('[{"idx": 0},\n{"idx": ]', 'line 2: not valid JSON'),
+        ('[{"idx": 0}\n{"idx": 1}]', 'line 1: not valid JSON: the array breaks off after this row'),
+        ('[{"idx": 0},\n', 'line 2: not valid JSON'),
+        ('[{"idx": 0},\n\n 5]', 'line 3: int where an object'),
+        ('[{"idx": 0}', 'line 1: not valid JSON: the array breaks off'),
+    ],
+)
+def test_bad_arrays(tmp_path, text, message):
+    path = tmp_path / 'a.json'
+    path.write_text(text)
+    with pytest.raises(BadRow, match=message):
+        list(read_rows(path))
+
+
+def test_an_empty_array_has_no_rows(tmp_path):
+    (tmp_path / 'a.json').write_text(' [ ]\n')
+    assert list(read_rows(tmp_path / 'a.json')) == []
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (b'a,b\n1,2,3\n', 'line 2: 3 cells where the header has 2'),
+        (b'a,b\n"x\ny",2\n1\n', 'line 4: 1 cells where the header has 2'),
+        (b'a,b\n"x"y,2\n', 'line 2: not valid CSV'),
+        (b'a,b\n"x,2\n', 'line 2: not valid CSV'),
+        (b'a,b\n\xff,2\n', 'line 2, field a: is not valid UTF-8'),
+    ],
+)
+def test_bad_csv(tmp_path, text, message):
+    path = tmp_path / 'a.csv'
+    path.write_bytes(text)
+    with pytest.raises(BadRow, match=message):
+        list(read_rows(path))
+
+
+def test_bad_parquet(tmp_path):
+    path = tmp_path / 'a.parquet'
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(b'\0\0\0\0\1\0\0\0'), pa.py_buffer(b'\xff'))
+    pq.write_table(pa.table({'good': ['x'], 'text': broken}), path)
+    with pytest.raises(BadRow, match='row 1, field text: is not valid UTF-8'):
+        list(read_rows(path))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match='not a whole Parquet file'):
+        list(read_rows(path))
+
+
+# ------------------------------------------------------------------------------------------------
+# The join
+
+
+def test_join_takes_texts_lists_and_weights(tmp_path):
+    path = write_jsonl(
+        tmp_path / 'r.jsonl',
+        [{'idx': 0, 'rationale': 'why', 'weight': 3}, {'idx': '1', 'rationale': ['a', 'b']}],
+    )
+    report = {}
+    rows = list(join_rationales([triplet(0, None), triplet(1, 'old'), triplet(2, None)], path, report=report))
+    assert [row['rationale'] for row in rows] == ['why', ['a', 'b'], None]
+    assert [row['weight'] for row in rows] == [3.0, 1.0, 1.0]
+    assert report == {'rationales': 2, 'joined': 2, 'replaced': 1, 'unmatched': 0, 'rows_without': 1}
+
+
+@pytest.mark.parametrize(
+    ('row', 'message'),
+    [
+        (
+            {'idx': 9, 'rationale': 'x'},
+            "line 2, field idx: '9' matches no row of the data; 1 of the 2 rationales",
+        ),
+        ({'idx': 0, 'rationale': 'x'}, "line 2, field id: '0' stands twice, first in .*line 1"),
+        ({'idx': 1, 'rationale': ''}, 'line 2, field rationale: is empty'),
+        ({'idx': 1}, 'line 2, field rationale: is missing'),
+        ({'rationale': 'x'}, 'line 2, field idx: is missing'),
+        (
+            {'idx': 1, 'rationale': 'x', 'weight': 'much'},
+            'line 2, field weight: "much" where a number belongs',
+        ),
+    ],
+)
+def test_bad_rationales(tmp_path, row, message):
+    path = write_jsonl(tmp_path / 'r.jsonl', [{'idx': 0, 'rationale': 'why'}, row])
+    with pytest.raises(BadRow, match=message):
+        list(join_rationales([triplet(0), triplet(1)], path))
+    bad = []
+    rows = list(join_rationales([triplet(0), triplet(1)], path, on_bad=bad.append))
+    assert len(rows) == 2 and len(bad) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Controls
+
+
+def test_what_the_controls_change():
+    rows = [triplet(index, f'r{index}', f'a{index}') for index in range(5)] + [triplet(5, None)]
+    result = {control: list(apply_control(rows, control, seed=1)) for control in CONTROLS}
+    assert result['ConsistentReasoningLabel'] == rows
+    assert [row['rationale'] for row in result['OnlyLabel']] == [''] * 6
+    assert [row['answer'] for row in result['OnlyLabel']] == [row['answer'] for row in rows]
+    for row, shuffled in zip(rows[:5], result['ShuffleReasoning'], strict=False):
+        assert shuffled['rationale'] != row['rationale'] and shuffled == {
+            **row,
+            'rationale': shuffled['rationale'],
+        }
+    for row, shuffled in zip(rows[:5], result['ShuffleReasoningLabel'], strict=False):
+        assert shuffled['answer'][1:] == shuffled['rationale'][1:] != row['rationale'][1:]
+        assert shuffled['label'] == row['label']
+    assert result['ShuffleReasoning'][5] == rows[5]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from('abcdefgh'), min_size=1, max_size=2, unique=True), max_size=30),
+    st.integers(),
+)
+def test_nobody_meets_a_rationale_of_its_own(texts, seed):
+    rows = [triplet(index, several if len(several) > 1 else several[0]) for index, several in enumerate(texts)]
+    try:
+        shuffled = list(apply_control(rows, 'ShuffleReasoning', seed))
+    except UserError as error:
+        assert 'share one text' in str(error)
+        return
+    assert all(set(row['rationale']).isdisjoint(new['rationale']) for row, new in zip(rows, shuffled, strict=True))
+    assert sorted(map(str, texts)) == sorted(str(list(row['rationale'])) for row in shuffled)
+    assert shuffled == list(apply_control(rows, 'ShuffleReasoning', seed))
+
+
+def test_half_of_one_text_can_be_shuffled_and_more_cannot():
+    half = [triplet(index, 'same' if index < 5 else f'r{index}') for index in range(10)]
+    assert all(row['rationale'] != new['rationale']
+               for row, new in zip(half, apply_control(half, 'ShuffleReasoning'), strict=True))  # fmt: skip
+    with pytest.raises(UserError, match='cannot shuffle the rationales: 6 of 11 rows share one text'):
+        list(apply_control([*half, triplet(10, 'same')], 'ShuffleReasoning'))
+    with pytest.raises(UserError, match='unknown control'):
+        list(apply_control([], 'Shuffle'))
+
+
+def test_seeds_differ():
+    rows = [triplet(index, f'r{index}') for index in range(20)]
+    first, second = (list(apply_control(rows, 'ShuffleReasoning', seed)) for seed in (1, 2))
+    assert first != second
