@@ -122,7 +122,7 @@ class DualHeadNetwork(nn.Module):
             return DualHeadOutput(logits=logits, reasoning_loss=loss)
         # DDP and FSDP expect a gradient for every parameter on every rank, also where this rank's
         # rows, or this step's alpha, leave the LM head unread.
-        unread = self.lm_head.weight[0, 0] * 0
+        unread = torch.stack([parameter.flatten()[0] * 0 for parameter in self.lm_head.parameters()]).sum()
         if return_reasoning_loss:
             return DualHeadOutput(logits=logits, reasoning_loss=unread.expand(len(logits)))
         return DualHeadOutput(logits=logits + unread if unread.requires_grad else logits)
