@@ -1,0 +1,152 @@
+"""The losses against torch's, and against the plain per-row reference."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import KINDS, LABELS, VOCAB, exact, relative_error, tiny_network, tiny_tokenizer, triplet
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dhrd_plugin.data.collation import TripletCollator
+from dhrd_plugin.losses import chunked_lm_loss, combine_losses, linear_cross_entropy
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def tensors(rows=7, hidden=6, vocab=11, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    state, weight, bias = (
+        torch.randn(shape, dtype=dtype, generator=generator).requires_grad_()
+        for shape in ((rows, hidden), (vocab, hidden), (vocab,))
+    )
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    return state, weight, bias, targets
+
+
+def grads(losses, upstream, *inputs):
+    return torch.autograd.grad(losses, inputs, upstream)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('with_bias', [True, False])
+@pytest.mark.parametrize('rows', [0, 1, 7])
+@pytest.mark.parametrize('chunk_size', [1, 3, 100])
+def test_linear_cross_entropy_is_torchs(dtype, with_bias, rows, chunk_size):
+    state, weight, bias, targets = tensors(rows, dtype=dtype)
+    inputs = (state, weight, bias) if with_bias else (state, weight)
+    bias = bias if with_bias else None
+    upstream = torch.linspace(-1, 2, rows, dtype=dtype)  # not uniform, and negative
+    found = linear_cross_entropy(state, weight, bias, targets, chunk_size)
+    expected = F.cross_entropy(F.linear(state, weight, bias), targets, reduction='none')
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(grads(found, upstream, *inputs), grads(expected, upstream, *inputs))
+
+
+@pytest.mark.parametrize('trained', ['hidden', 'weight', 'bias'])
+def test_gradcheck_with_the_rest_frozen(trained):
+    state, weight, bias, targets = tensors(rows=4, hidden=3, vocab=5)
+    for name, value in (('hidden', state), ('weight', weight), ('bias', bias)):
+        value.requires_grad_(name == trained)
+    torch.autograd.gradcheck(lambda *a: linear_cross_entropy(*a, targets, 3), (state, weight, bias))
+
+
+def test_without_a_gradient_nothing_is_kept():
+    with torch.no_grad():
+        assert linear_cross_entropy(*tensors()).grad_fn is None
+
+
+def test_autocast_multiplies_in_bf16_and_sums_in_fp32():
+    state, weight, bias, targets = tensors(dtype=torch.float32)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = linear_cross_entropy(state, weight, bias, targets, 3)
+        logits = F.linear(state, weight, bias)
+    assert found.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    expected = F.cross_entropy(logits.float(), targets, reduction='none')
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(grads(x.sum(), None, state, weight, bias) for x in (found, expected))):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_no_full_logits_ever_exist(frozen):
+    batch, length, hidden, vocab, chunk_size = 4, 32, 8, 512, 16
+    state = torch.randn(batch, length, hidden, requires_grad=True)
+    weight = torch.randn(vocab, hidden, requires_grad=not frozen)
+    labels = torch.randint(vocab, (batch, length))
+    with Largest() as largest:
+        chunked_lm_loss(state, labels, weight, chunk_size=chunk_size).sum().backward()
+    assert largest.size <= chunk_size * vocab
+    with Largest() as largest:
+        F.cross_entropy(F.linear(state, weight).flatten(0, 1), labels.flatten())
+    assert largest.size == batch * length * vocab  # the tool sees what it looks for
+
+
+def test_rows_without_targets_are_zero_and_keep_the_graph():
+    state, weight, *_ = tensors(12)
+    labels = torch.full((2, 6), -100)
+    labels[:, 0] = 1  # nothing predicts the first token
+    loss = chunked_lm_loss(state.view(2, 6, -1), labels, weight)
+    assert loss.tolist() == [0, 0]
+    assert all(float(g.abs().sum()) == 0 for g in grads(loss.sum(), None, state, weight))
+
+
+def test_combine_losses_is_equation_4():
+    reasoning = torch.tensor([1.0, 3.0])
+    assert float(combine_losses(torch.tensor(5.0), reasoning, alpha=0.5, beta=2.0)) == 11.0
+    assert float(combine_losses(torch.tensor(5.0), reasoning.mean())) == 7.0
+
+
+ROWS = st.lists(
+    st.tuples(st.integers(1, 9), st.none() | st.integers(0, 8), st.sampled_from(LABELS)), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    rows=ROWS,
+    kind=st.sampled_from(KINDS),
+    head=st.sampled_from(['mlp', 'linear']),
+    pooling=st.sampled_from(['last', 'mean']),
+    targets=st.sampled_from(['sequence', 'rationale']),
+    side=st.sampled_from(['right', 'left']),
+    tied=st.booleans(),
+    lora=st.booleans(),
+    chunk_size=st.integers(1, 40),
+    alpha=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+    beta=st.sampled_from([0.0, 1.0, 0.7]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 999),
+)
+def test_loss_and_every_gradient_are_the_references(
+    rows, kind, head, pooling, targets, side, tied, lora, chunk_size, alpha, beta, dtype, seed
+):
+    rows = [triplet(seed + i, *row) for i, row in enumerate(rows)]
+    network = tiny_network(kind, head, pooling, tied, lora, seed, chunk_size)
+    if dtype == torch.float64:
+        exact(network)
+    batch = TripletCollator(tiny_tokenizer(), LABELS, reasoning_targets=targets, padding_side=side)(rows)
+    labels = batch.pop('labels')
+    out = network(**batch, return_reasoning_loss=alpha > 0)
+    reasoning = out.reasoning_loss if alpha > 0 else torch.zeros(())
+    loss = combine_losses(F.cross_entropy(out.logits, labels), reasoning, alpha, beta)
+    expected = reference.total_loss(network, rows, VOCAB, LABELS, alpha, beta, targets, pooling)
+
+    tolerance = TOLERANCE[dtype]
+    assert abs(float(loss - expected)) <= tolerance * max(float(expected), 1)
+    found, wanted = (reference.gradients(x, network) for x in (loss, expected))
+    assert relative_error(found, wanted) <= tolerance
