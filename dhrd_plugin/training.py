@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_plugin import registry
+from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss
 from dhrd_plugin.cli import run
 from dhrd_plugin.config import as_dict, load_config, named_part, part_settings
 from dhrd_plugin.data.collation import Markers, TripletCollator, triplet_data_spec
@@ -69,6 +70,8 @@ def train(config: DictConfig) -> Trainer:
     trainer.logger.log_hyperparameters(as_dict(config))
     say(describe(trainer, model, config))
     with stages('fit'):
+        if config.eval_first and trainer.state.timestamp.batch == 0:
+            trainer.eval()
         trainer.fit()
     if dist.get_global_rank() == 0:
         finish(config, trainer, counter, stages.seconds)
@@ -415,10 +418,11 @@ def describe(trainer: Trainer, model: ComposerDualHeadClassifier, config: DictCo
     loader = trainer.state.train_dataloader
     rows = loader.dataset.num_samples if loader is not None else 0  # pyright: ignore
     steps = len(loader) if loader is not None else 0  # pyright: ignore
-    algorithms = ', '.join(map(repr, trainer.state.algorithms)) or 'pooled baseline, no reasoning loss'
+    reasoning = [repr(part) for part in trainer.state.algorithms if isinstance(part, AuxiliaryReasoningLoss)]
+    method = ''.join(reasoning) or 'pooled baseline, no reasoning loss'
     return (
         f'{config.run_name}: {parameters / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained; '
-        f'{rows} rows, {steps} steps an epoch, {config.max_duration}, {dist.get_world_size()} rank(s); {algorithms}'
+        f'{rows} rows, {steps} steps an epoch, {config.max_duration}, {dist.get_world_size()} rank(s); {method}'
     )
 
 
