@@ -1,0 +1,201 @@
+"""The algorithm in Composer: its events, its log, and gradients that no cut of the batch changes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import reference
+import torch
+from composer.core import Event
+from composer.loggers import Logger
+from composer.models import HuggingFaceModel
+from composer.optim import (
+    ConstantWithWarmupScheduler,
+    CosineAnnealingScheduler,
+    LinearScheduler,
+    MultiStepScheduler,
+    StepScheduler,
+)
+from tiny import LABELS, VOCAB, exact, relative_error, tiny_classifier, tiny_lm, tiny_tokenizer, triplet, triplets
+
+from dhrd_plugin import AuxiliaryReasoningLoss, TripletCollator
+from dhrd_plugin.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gradients import CASES, case_gradients, fit
+
+SERIES = ('loss/train/classification', 'loss/train/reasoning', 'loss/train/total', 'dhrd/alpha', 'dhrd/beta')
+
+
+def tolerance(case):
+    return 1e-10 if 'fp64' in case else 1e-5
+
+
+def series(log, name):
+    return [float(value) for _, value in log.data[name]]
+
+
+@pytest.fixture(scope='module')
+def one_process():
+    return {case: case_gradients(case, 8) for case in CASES}
+
+
+@pytest.fixture(scope='module')
+def two_ranks(root, tmp_path_factory):
+    """Gradients of both ranks, of all cases, from one launch."""
+    out = tmp_path_factory.mktemp('ranks')
+    command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', 'tests/algorithms/gradients.py', str(out)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return [torch.load(out / f'rank{rank}.pt', weights_only=True) for rank in (0, 1)]
+
+
+def assert_same_steps(found, expected, limit):
+    assert len(found) == len(expected) == 2
+    for one, other in zip(found, expected):
+        assert relative_error(one, other) <= limit
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_the_gradients_are_the_references(case, one_process):
+    options, weights, _ = CASES[case]
+    model = tiny_classifier(**options)
+    if 'fp64' in case:
+        exact(model)
+    pooling = options.get('pooling', 'last')
+    loss = reference.total_loss(model.network, triplets(8), VOCAB, LABELS, pooling=pooling, **weights)
+    expected = {f'model.{name}': grad for name, grad in reference.gradients(loss, model.network).items()}
+    assert relative_error(one_process[case][0], expected) <= tolerance(case)
+
+
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(('microbatch', 'by_length'), [(4, False), (2, False), (1, False), (3, True)])
+def test_microbatches_change_no_gradient(case, microbatch, by_length, one_process):
+    # A batch of 8 in microbatches of 3 ends on one of 2 rows.
+    assert_same_steps(case_gradients(case, microbatch, by_length), one_process[case], tolerance(case))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_two_ranks_change_no_gradient(case, one_process, two_ranks):
+    """Among them alpha 0: the LM head is read on no rank, and DDP does not hang."""
+    for rank in two_ranks:
+        assert_same_steps(rank[case], one_process[case], tolerance(case))
+
+
+def test_token_weighted_accumulation_changes_no_gradient(one_process):
+    """llm-foundry's default."""
+    model = tiny_classifier(**CASES['tied fp32'][0])
+    found = fit(model, [AuxiliaryReasoningLoss()], microbatch=2, accumulate_train_batch_on_tokens=True)[2]
+    assert_same_steps(found, one_process['tied fp32'], 1e-5)
+
+
+def test_all_series_are_logged_and_add_up():
+    _, log, _ = fit(tiny_classifier(), [AuxiliaryReasoningLoss(alpha=0.5, beta=2.0)], microbatch=4, batches=3)
+    classification, reasoning, total, alpha, beta = (series(log, name) for name in SERIES)
+    assert alpha == [0.5] * 3 and beta == [2.0] * 3
+    expected = [2 * c + 0.5 * r for c, r in zip(classification, reasoning)]
+    assert total == pytest.approx(expected, rel=1e-6)
+    rows = triplets(8)
+    losses = [reference.row_losses(tiny_classifier().network, row, VOCAB, LABELS) for row in rows]
+    first = [float(sum(loss[i] for loss in losses)) / 8 for i in (0, 1)]
+    assert [classification[0], reasoning[0]] == pytest.approx(first, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('schedule', 'expected'),
+    [
+        (LinearScheduler(1.0, 0.0, t_max='4ba'), [1, 0.75, 0.5, 0.25, 0]),
+        (LinearScheduler(0.0, 1.0), [0, 0.2, 0.4, 0.6, 0.8]),
+        (CosineAnnealingScheduler('4ba'), [1, 0.8535533906, 0.5, 0.1464466094, 0]),
+        (ConstantWithWarmupScheduler('2ba'), [0, 0.5, 1, 1, 1]),
+        (StepScheduler('2ba', gamma=0.5), [1, 1, 0.5, 0.5, 0.25]),
+        (MultiStepScheduler(['3ba'], gamma=0.0), [1, 1, 1, 0, 0]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_schedule_is_followed_exactly(schedule, expected):
+    lengths = []
+    model = tiny_classifier()
+    model.network.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs['input_ids'].shape[1]), with_kwargs=True
+    )
+    algorithm = AuxiliaryReasoningLoss(alpha=2.0, schedule=schedule)
+    _, log, _ = fit(model, [algorithm], batches=5)
+    assert series(log, 'dhrd/alpha') == pytest.approx([2 * value for value in expected], abs=1e-9)
+    # Where alpha is 0 the rationale is not run, from that step on.
+    longest = max(len(row['input_text'].split()) for row in triplets(8))
+    assert [length > longest for length in lengths] == [value > 0 for value in expected]
+    assert len(series(log, 'loss/train/reasoning')) == sum(value > 0 for value in expected)
+    assert len(series(log, 'loss/train/total')) == 5
+
+
+def test_one_microbatch_by_hand():
+    """BEFORE_FORWARD asks, AFTER_LOSS adds; the caller's batch is left as it was."""
+    model = tiny_classifier()
+    batch = TripletCollator(tiny_tokenizer(), LABELS)(triplets(4))
+    state, timestamp = SimpleNamespace(batch=batch, model=model), SimpleNamespace(batch=0)
+    state.timestamp = timestamp
+    algorithm, logger = AuxiliaryReasoningLoss(alpha=0.5, beta=3.0), Logger(state)  # pyright: ignore
+    keys = set(batch)
+    algorithm.apply(Event.BEFORE_FORWARD, state, logger)
+    assert set(batch) == keys
+    state.outputs = model(state.batch)
+    state.loss = classification = model.loss(state.outputs, state.batch)
+    algorithm.apply(Event.AFTER_LOSS, state, logger)
+    reasoning = state.outputs['reasoning_loss'].mean()
+    assert float(state.loss['total']) == pytest.approx(float(3 * classification + 0.5 * reasoning))
+    assert float(state.loss['classification']) == float(classification)
+    assert float(state.loss['reasoning']) == float(reasoning)
+
+
+def test_without_the_algorithm_it_is_the_pooled_baseline_bit_for_bit():
+    runs = [fit(tiny_classifier(), [], batches=4, reasoning=reasoning, microbatch=4) for reasoning in (True, False)]
+    losses = [series(log, 'loss/train/total') for _, log, _ in runs]
+    assert losses[0] == losses[1] and len(set(losses[0])) == 4
+    weights = [trainer.state.model.state_dict() for trainer, *_ in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_batches_without_any_rationale_train_the_classifier_alone():
+    rows = [triplet(i, 2 + i % 3, None) for i in range(8)]
+    _, log, steps = fit(tiny_classifier(), [AuxiliaryReasoningLoss()], rows)
+    assert series(log, 'loss/train/reasoning') == [0, 0]
+    assert series(log, 'loss/train/total') == series(log, 'loss/train/classification')
+    assert not steps[0]['model.causal_lm.lm_head.weight'].any()
+
+
+@pytest.mark.parametrize(
+    ('weights', 'reason'),
+    [
+        ({'alpha': -1.0}, 'auxiliary_reasoning_loss.alpha: found -1.0'),
+        ({'beta': float('nan')}, 'auxiliary_reasoning_loss.beta: found nan'),
+        ({'alpha': float('inf')}, 'auxiliary_reasoning_loss.alpha: found inf'),
+        ({'alpha': 0, 'beta': 0}, 'alpha and beta are both 0'),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(weights, reason):
+    with pytest.raises(UserError) as error:
+        AuxiliaryReasoningLoss(**weights)
+    assert reason in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('factor', [-0.1, float('nan'), float('inf')])
+def test_a_schedule_that_makes_no_sense_is_refused(factor):
+    with pytest.raises(UserError, match=f'schedule: function returned {factor} at 0'):
+        fit(tiny_classifier(), [AuxiliaryReasoningLoss(schedule=lambda state, ssr=1.0: factor)])
+
+
+def test_two_instances_are_refused():
+    with pytest.raises(UserError, match='found two instances'):
+        fit(tiny_classifier(), [AuxiliaryReasoningLoss(), AuxiliaryReasoningLoss(alpha=2.0)])
+
+
+def test_another_model_is_refused():
+    model = HuggingFaceModel(tiny_lm(), tiny_tokenizer())
+    with pytest.raises(UserError, match='found a model of type HuggingFaceModel'):
+        fit(model, [AuxiliaryReasoningLoss()])
