@@ -50,21 +50,20 @@ def train(config: DictConfig) -> Trainer:
     """
     stages = Stages()
     check_limits(config)
-    task = load_task(_plain(config.task))
+    task = load_task(as_plain(config.task))
     device = get_device(config.device)
     dist.initialize_dist(device, config.dist_timeout)
     with stages('data'):
-        sources = {key: _shards(loader, task, f'{key}') for key, loader in _loaders(config).items()}
+        # All of them before the model: a bad row of the last file must not cost a model's loading.
+        for loader in _loaders(config).values():
+            _shards(loader, task)
     with stages('model'):
         # The heads are drawn at random: seed before they are built, and again inside the Trainer.
         reproducibility.seed_all(config.seed)
         tokenizer = build_tokenizer_from(config)
         model = build_model(config, task, tokenizer)
-    train_loader = build_train_loader(config, task, tokenizer, sources['train_loader'])
-    evaluators = [
-        build_evaluator(config, task, tokenizer, label, sources[f'eval_loaders.{label}'])
-        for label in _eval_labels(config)
-    ]
+    train_loader = build_train_loader(config, task, tokenizer)
+    evaluators = [build_evaluator(config, task, tokenizer, label) for label in _eval_labels(config)]
     counter = TokenCounter()
     trainer = build_trainer(config, model, train_loader, evaluators, counter)
     trainer.logger.log_hyperparameters(as_dict(config))
@@ -139,7 +138,7 @@ def check_limits(config: DictConfig) -> None:
         ) from None
 
 
-def _shards(loader: Any, task: Task, key: str) -> Path | None:
+def _shards(loader: Any, task: Task) -> Path | None:
     """The folder of shards behind ``source``; written by one rank of each node, found by the others."""
     if not loader.source:
         return None
@@ -164,16 +163,15 @@ def build_collator(
         task.label_names,
         config.max_seq_len,
         config.model.reasoning_targets,
-        Markers(**_plain(config.markers)),
+        Markers(**as_plain(config.markers)),
         reasoning,
     )
 
 
-def build_train_loader(
-    config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase, folder: Path | None
-) -> DataSpec:
+def build_train_loader(config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> DataSpec:
     """Stream the training rows."""
     loader = config.train_loader
+    folder = _shards(loader, task)
     batch_size = config.global_train_batch_size // dist.get_world_size()
     dataset = StreamingTripletDataset(
         **_where(loader, folder),
@@ -181,7 +179,7 @@ def build_train_loader(
         shuffle=loader.shuffle,
         shuffle_seed=config.seed if loader.shuffle_seed is None else loader.shuffle_seed,
         rationale_seed=config.seed,
-        **_plain(loader.dataset),
+        **as_plain(loader.dataset),
     )
     uses_reasoning = 'auxiliary_reasoning_loss' in part_settings(config, 'algorithms')
     dataloader = StreamingDataLoader(
@@ -195,16 +193,18 @@ def build_train_loader(
     return triplet_data_spec(dataloader, by_length=True)
 
 
-def build_evaluator(
-    config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase, label: str, folder: Path | None
-) -> Evaluator:
+def open_rows(loader: Any, task: Task, batch_size: int = 1) -> MapTriplets:
+    """The rows of a loader by index, each exactly once."""
+    folder = _shards(loader, task)
+    if folder is not None:
+        return MapTriplets(LocalDataset(str(folder)))
+    return MapTriplets(StreamingTripletDataset(**_where(loader, None), batch_size=batch_size))
+
+
+def build_evaluator(config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase, label: str) -> Evaluator:
     """Read evaluation rows by index, each exactly once on any number of ranks."""
     loader = config.eval_loaders[label]
-    if folder is not None:
-        rows: Any = LocalDataset(str(folder))
-    else:
-        rows = StreamingTripletDataset(**_where(loader, folder), batch_size=config.device_eval_batch_size)
-    dataset = MapTriplets(rows)
+    dataset = open_rows(loader, task, config.device_eval_batch_size)
     dataloader = DataLoader(
         dataset,
         batch_size=config.device_eval_batch_size,
@@ -220,7 +220,7 @@ def _where(loader: Any, folder: Path | None) -> dict[str, Any]:
     if folder is not None:
         return {'local': str(folder)}
     if loader.streams:
-        return {'streams': [Stream(**stream) for stream in _plain(loader.streams).values()]}
+        return {'streams': [Stream(**stream) for stream in as_plain(loader.streams).values()]}
     return {'local': loader.local, 'remote': loader.remote}
 
 
@@ -231,8 +231,8 @@ def build_tokenizer_from(config: DictConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the config, the markers added where they are tokens."""
     name = config.tokenizer.name or config.model.pretrained_model_name_or_path
     with dist.run_local_rank_zero_first():
-        tokenizer = build_tokenizer(name, **_plain(config.tokenizer.kwargs))
-    Markers(**_plain(config.markers)).add_to(tokenizer)
+        tokenizer = build_tokenizer(name, **as_plain(config.tokenizer.kwargs))
+    Markers(**as_plain(config.markers)).add_to(tokenizer)
     return tokenizer
 
 
@@ -243,7 +243,7 @@ def build_model(config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBa
     if settings.trust_remote_code:
         kwargs['trust_remote_code'] = True
     causal_lm = build_causal_lm(
-        settings.pretrained_model_name_or_path, settings.pretrained, _plain(settings.config_overrides), **kwargs
+        settings.pretrained_model_name_or_path, settings.pretrained, as_plain(settings.config_overrides), **kwargs
     )
     longest = getattr(causal_lm.config, 'max_position_embeddings', None)
     if longest is not None and config.max_seq_len > longest:
@@ -261,14 +261,14 @@ def build_model(config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBa
     if settings.freeze_backbone:
         freeze(network.causal_lm)
     if settings.lora is not None:
-        add_lora(network, {key: value for key, value in _plain(settings.lora).items() if value is not None})
+        add_lora(network, {key: value for key, value in as_plain(settings.lora).items() if value is not None})
     return ComposerDualHeadClassifier(
         network,
         tokenizer,
         task.label_names,
-        class_weights=_plain(settings.class_weights),
+        class_weights=as_plain(settings.class_weights),
         label_smoothing=settings.label_smoothing,
-        info={'task': task.to_dict(), 'markers': _plain(config.markers), 'max_seq_len': config.max_seq_len},
+        info={'task': task.to_dict(), 'markers': as_plain(config.markers), 'max_seq_len': config.max_seq_len},
     )
 
 
@@ -288,7 +288,7 @@ def build_trainer(
         train_dataloader=train_loader,
         eval_dataloader=list(evaluators) or None,
         optimizers=optimizer,
-        schedulers=None if config.scheduler is None else _schedule(_plain(config.scheduler), 'scheduler'),
+        schedulers=None if config.scheduler is None else _schedule(as_plain(config.scheduler), 'scheduler'),
         algorithms=_parts(config, 'algorithms'),
         callbacks=[counter, *_parts(config, 'callbacks')],
         loggers=_parts(config, 'loggers'),
@@ -297,8 +297,8 @@ def build_trainer(
         device=config.device,
         precision=config.precision or ('amp_bf16' if _on_gpu(config) else 'fp32'),
         device_train_microbatch_size=min_microbatch(config),
-        parallelism_config={'fsdp': _plain(config.fsdp_config)} if config.fsdp_config else None,
-        compile_config=_plain(config.compile_config),
+        parallelism_config={'fsdp': as_plain(config.fsdp_config)} if config.fsdp_config else None,
+        compile_config=as_plain(config.compile_config),
         seed=config.seed,
         run_name=config.run_name,
         progress_bar=config.progress_bar and sys.stderr.isatty(),
@@ -341,7 +341,8 @@ def _schedule(settings: Mapping[str, Any], key: str) -> Any:
     return registry.build('scheduler', kwargs.pop('name'), kwargs, key)
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
+    """A section of the config as plain data."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
