@@ -117,7 +117,7 @@ class Config:
     compile_config: dict[str, Any] | None = None
     dist_timeout: float = 600.0
     progress_bar: bool = True
-    log_to_console: bool | None = None  # Composer's default: where there is no progress bar
+    log_to_console: bool | None = None  # by default where there is no progress bar
     console_log_interval: str = '1ep'
     python_log_level: str | None = None
     save_folder: str | None = None

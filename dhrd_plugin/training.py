@@ -280,6 +280,7 @@ def build_trainer(
     counter: Callback,
 ) -> Trainer:
     """Hand everything to Composer's Trainer."""
+    progress_bar = config.progress_bar and sys.stderr.isatty()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     name, kwargs = named_part(config, 'optimizer')
     optimizer = registry.build('optimizer', name, kwargs, 'optimizer', trainable)
@@ -301,8 +302,8 @@ def build_trainer(
         compile_config=as_plain(config.compile_config),
         seed=config.seed,
         run_name=config.run_name,
-        progress_bar=config.progress_bar and sys.stderr.isatty(),
-        log_to_console=config.log_to_console,
+        progress_bar=progress_bar,
+        log_to_console=not progress_bar if config.log_to_console is None else config.log_to_console,
         console_log_interval=config.console_log_interval,
         python_log_level=config.python_log_level,
         dist_timeout=config.dist_timeout,
