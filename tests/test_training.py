@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dhrd_plugin import load_config, train
+from dhrd_plugin import load_config, train, write_triplets
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.predict import load_classifier, main, predict
 
@@ -49,9 +49,8 @@ def test_the_summary_says_what_was_done(run):
 
 def test_all_five_series_are_logged(run):
     trainer, _ = run
-    (logged,) = [logger for logger in trainer.logger.destinations if hasattr(logger, 'data')]
     for name in SERIES:
-        values = [float(value) for _, value in logged.data[name]]
+        values = logged(trainer, name)
         assert len(values) == 3 and all(math.isfinite(value) for value in values), name
 
 
@@ -101,6 +100,44 @@ def test_two_runs_of_one_seed_are_the_same(root, run, tmp_path):
     assert first == second
     weights = [(folder / 'slim' / 'model.safetensors').read_bytes() for folder in (out, tmp_path)]
     assert weights[0] == weights[1]
+
+
+def logged(trainer, name: str) -> list[float]:
+    (logger,) = [logger for logger in trainer.logger.destinations if hasattr(logger, 'data')]
+    return [float(value) for _, value in logger.data[name]]
+
+
+def test_alpha_follows_a_schedule_from_the_yaml_and_cuts_are_counted(root, tmp_path):
+    schedule = 'algorithms.auxiliary_reasoning_loss.schedule={name: linear, alpha_f: 0.0, t_max: 0.5dur}'
+    overrides = ['loggers.in_memory={}', 'max_duration=4ba', 'max_seq_len=75', 'eval_interval=0ba', schedule]
+    trainer = train(small_config(root, tmp_path, *overrides))
+    assert logged(trainer, 'dhrd/alpha') == pytest.approx([0.3, 0.15, 0.0, 0.0])
+    assert len(logged(trainer, 'loss/train/reasoning')) == 2
+    assert len(logged(trainer, 'loss/train/classification')) == 4
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    assert 0 < summary['rationales_cut'] <= summary['rationale_tokens_cut']
+    assert logged(trainer, 'dhrd/rationales_cut')[-1] == summary['rationales_cut']
+
+
+@pytest.mark.parametrize('kind', ['local', 'remote', 'streams'])
+def test_training_from_shards(root, tmp_path, kind):
+    rows = [
+        {'id': str(i), 'input_text': f'Row {i} is here.', 'label': 'entailment', 'rationale': 'It is.'}
+        for i in range(12)
+    ]
+    for name in 'ab':
+        write_triplets(rows, tmp_path / name)
+    where = {
+        'local': [f'train_loader.local={tmp_path}/a'],
+        'remote': [f'train_loader.remote={tmp_path}/a', f'train_loader.local={tmp_path}/cache'],
+        'streams': [
+            f'train_loader.streams={{a: {{local: {tmp_path}/a, proportion: 0.25}}, '
+            f'b: {{local: {tmp_path}/b, proportion: 0.75}}}}'
+        ],
+    }[kind]
+    trainer = train(small_config(root, tmp_path, 'train_loader.source=null', 'eval_interval=0ba', *where))
+    assert trainer.state.train_dataloader.dataset.num_samples == (24 if kind == 'streams' else 12)
+    assert set(trainer.state.total_loss_dict) == set(SERIES[:3])
 
 
 @pytest.mark.parametrize('ranks', [1, 2])
