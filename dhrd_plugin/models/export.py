@@ -112,6 +112,8 @@ def _write_tokenizer(metadata: Mapping[str, Any], config: PretrainedConfig, fold
             return
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
         tokenizer.padding_side = 'right'
+        # Without it transformers' pipeline loads no tokenizer for a model type that it does not know.
+        config.tokenizer_class = type(tokenizer).__name__
         tokenizer.save_pretrained(folder)
 
 
