@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # uv does not read pip's configuration; hand it the index that pip is set up with, if there is one.
-export UV_DEFAULT_INDEX ?= $(or $(PIP_INDEX_URL),$(shell $(PYTHON) -m pip config get global.index-url 2>/dev/null),$(shell $(PYTHON) -m pip config get user.index-url 2>/dev/null))
+FROM_PIP := $(shell $(PYTHON) -m pip config list 2>/dev/null | sed -n "s/^[a-z:.]*index.url='\(.*\)'$$/\1/p" | tail -n 1)
+export UV_DEFAULT_INDEX ?= $(or $(PIP_INDEX_URL),$(FROM_PIP))
 ifeq ($(UV_DEFAULT_INDEX),)
 unexport UV_DEFAULT_INDEX
 endif
@@ -33,7 +34,7 @@ train: install
 
 lock: install
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --no-header \
-		--no-annotate --no-emit-index-url --no-emit-find-links --quiet -o requirements.lock
+		--no-annotate --quiet -o requirements.lock
 
 clean:
 	rm -rf $(VENV) runs
