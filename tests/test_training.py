@@ -140,6 +140,15 @@ def test_training_from_shards(root, tmp_path, kind):
     assert set(trainer.state.total_loss_dict) == set(SERIES[:3])
 
 
+def test_rows_without_rationales_train_the_classification_head_and_say_so(root, tmp_path):
+    write_triplets([{'id': str(i), 'input_text': f'Row {i}.', 'label': 'entailment'} for i in range(8)], tmp_path / 'a')
+    shards = ['train_loader.source=null', f'train_loader.local={tmp_path}/a']
+    overrides = [*shards, 'eval_interval=0ba', 'max_duration=1ba']
+    with pytest.warns(UserWarning, match='TripletCollator'):
+        trainer = train(small_config(root, tmp_path, *overrides))
+    assert trainer.state.total_loss_dict['loss/train/reasoning'] == 0
+
+
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_the_composer_command(root, tmp_path, ranks):
     """277 - not 278 or 288 - rows are evaluated on two ranks."""

@@ -1,6 +1,7 @@
 """Adds the reasoning head's loss to a classifier's training (arXiv:2509.21487, Eq. 4)."""
 
 import math
+import warnings
 
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
@@ -9,6 +10,11 @@ from composer.optim import ComposerScheduler
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import combine_losses
 from dhrd_plugin.models.composer_model import RETURN_REASONING_LOSS, ComposerDualHeadClassifier
+
+NO_RATIONALES = (
+    'auxiliary_reasoning_loss: the first batch carries no rationale, so it trains the classification head alone; '
+    'give the rows a `rationale` and collate them with dhrd_plugin.TripletCollator'
+)
 
 
 def scheduled_alpha(alpha: float, schedule: ComposerScheduler | None, state: State) -> float:
@@ -75,6 +81,8 @@ class AuxiliaryReasoningLoss(Algorithm):
         if event == Event.BATCH_START:
             logger.log_metrics({'dhrd/alpha': alpha, 'dhrd/beta': self.beta})
         elif event == Event.BEFORE_FORWARD:
+            if alpha > 0 and state.timestamp.batch == 0 and 'reasoning_labels' not in state.batch:
+                warnings.warn(NO_RATIONALES, stacklevel=2)
             # A new dict, not a new key: the trainer may split this batch again after an OOM.
             state.batch = {**state.batch, RETURN_REASONING_LOSS: alpha > 0}
         else:
