@@ -29,7 +29,13 @@ def tiny_tokenizer(bos=False):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>', unk_token='<unk>', bos_token='<s>')
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token='<pad>',
+        unk_token='<unk>',
+        bos_token='<s>',
+        model_input_names=['input_ids', 'attention_mask'],  # a decoder has no token types
+    )
 
 
 def byte_tokenizer():

@@ -1,0 +1,159 @@
+"""The slim classifier: what is in the folder, and that it needs nothing of this package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from composer import Trainer
+from safetensors import safe_open
+from tiny import LABELS, exact, tiny_classifier, tiny_network, tiny_tokenizer, triplet, triplets
+from torch.utils.data import DataLoader
+
+from dhrd_plugin import AuxiliaryReasoningLoss, ComposerDualHeadClassifier, DropReasoningHead, TripletCollator
+from dhrd_plugin.data.collation import Markers, triplet_data_spec
+from dhrd_plugin.models.build import merged_state
+from dhrd_plugin.models.export import write_slim
+
+MODELS = {
+    'llama-linear-tied': {'kind': 'llama', 'head': 'linear', 'tied': True},
+    'gpt2-linear-untied': {'kind': 'gpt2', 'head': 'linear'},
+    'qwen3-linear-lora': {'kind': 'qwen3', 'head': 'linear', 'lora': True, 'tied': True},
+    'qwen2-mlp-untied': {'kind': 'qwen2', 'head': 'mlp'},
+    'gpt2-mlp-lora': {'kind': 'gpt2', 'head': 'mlp', 'lora': True, 'tied': True},
+    'llama-mlp-mean': {'kind': 'llama', 'head': 'mlp', 'pooling': 'mean', 'tied': True},
+    'llama-linear-mean': {'kind': 'llama', 'head': 'linear', 'pooling': 'mean'},
+}
+STOCK = {name: name.split('-')[1] == 'linear' and 'mean' not in name for name in MODELS}
+ROWS = [triplet(i, 1 + i % 7, None) for i in range(12)]
+
+
+def train_and_export(options, out):
+    """Three steps of both heads, then the callback."""
+    model = tiny_classifier(tiny_tokenizer(bos=True), **options)
+    loader = DataLoader(triplets(8), 4, collate_fn=TripletCollator(model.tokenizer, LABELS))
+    trainer = Trainer(
+        model=model,
+        train_dataloader=triplet_data_spec(loader),
+        optimizers=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01),
+        max_duration='3ba',
+        device='cpu',
+        algorithms=[AuxiliaryReasoningLoss()],
+        callbacks=[DropReasoningHead(str(out))],
+        progress_bar=False,
+    )
+    trainer.fit()
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def exports(tmp_path_factory):
+    """The trained models' logits, and what a process without the package makes of the folders."""
+    root = tmp_path_factory.mktemp('exports')
+    expected = {}
+    for name, options in MODELS.items():
+        model = train_and_export(options, root / name / 'slim')
+        batch = TripletCollator(model.tokenizer, LABELS)(ROWS)
+        with torch.no_grad():
+            expected[name] = {'logits': model.eval_forward(batch), 'loss': model.loss(model(batch), batch)}
+    inputs = {'texts': [row['input_text'] for row in ROWS], 'labels': batch['labels']}
+    torch.save(inputs, root / 'inputs.pt')
+    script = Path(__file__).with_name('load_slim.py')
+    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(root / 'hf'), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [sys.executable, str(script), str(root)], cwd=root, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, expected, torch.load(root / 'found.pt', weights_only=True)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_the_logits_are_the_training_models(exports, name):
+    _, expected, found = exports
+    # Stock GPT-2 counts pads as positions; the exported tokenizer pads on the right.
+    for key in ('logits',) if name == 'gpt2-linear-untied' else ('logits', 'left'):
+        torch.testing.assert_close(found[name][key], expected[name]['logits'], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[name]['loss'], expected[name]['loss'], atol=1e-5, rtol=0)
+    assert expected[name]['logits'].std(0).min() > 1e-3  # not one answer for all
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_linear_head_is_a_stock_classifier(exports, name):
+    root, _, found = exports
+    stock = {'llama': 'LlamaFor', 'gpt2': 'GPT2For', 'qwen2': 'Qwen2For', 'qwen3': 'Qwen3For'}[name.split('-')[0]]
+    assert found[name]['class'] == (f'{stock}SequenceClassification' if STOCK[name] else 'SlimClassifier')
+    assert not any(found[name]['info'][key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+    code = {path.name for path in (root / name / 'slim').glob('*.py')}
+    assert code == (set() if STOCK[name] else {'slim.py', 'heads.py'})
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_the_folder_holds_no_lm_head_no_adapters_and_no_pickle(exports, name):
+    root, *_ = exports
+    folder = root / name / 'slim'
+    with safe_open(folder / 'model.safetensors', 'pt') as file:
+        keys = list(file.keys())
+    assert not [key for key in keys if 'lm_head' in key or 'lora' in key or 'base_layer' in key]
+    assert {path.suffix for path in folder.iterdir()} <= {'.json', '.safetensors', '.py', '.txt', '.jinja'}
+    assert not any(path.is_dir() for path in folder.iterdir())
+    assert [path.name for path in folder.parent.iterdir()] == ['slim']  # no temporary folder beside it
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_labels_and_tokenizer_travel_with_it(exports, name):
+    root, _, found = exports
+    assert found[name]['id2label'] == dict(enumerate(LABELS))
+    assert found[name]['label2id'] == {label: i for i, label in enumerate(LABELS)}
+    assert found[name]['pad'] == [0, 0] and found[name]['padding_side'] == 'right'
+    texts = [row['input_text'] for row in ROWS]
+    assert found[name]['ids'] == tiny_tokenizer(bos=True)(texts)['input_ids']
+    assert str(root) not in (root / name / 'slim' / 'config.json').read_text()
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_pipeline_classifies_with_it(exports, name):
+    _, expected, found = exports
+    for answers, logits in zip(found[name]['pipeline'], expected[name]['logits'], strict=True):
+        scores = {answer['label']: answer['score'] for answer in answers}
+        torch.testing.assert_close(
+            torch.tensor([scores[label] for label in LABELS]), logits.softmax(-1), atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize('kind', ['llama', 'gpt2'])
+def test_merging_leaves_the_network_as_it_is(kind):
+    network = exact(tiny_network(kind, lora=True))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    merged = merged_state(network)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    bare = exact(tiny_network(kind))
+    assert merged.keys() == bare.backbone.state_dict().keys()
+    bare.backbone.load_state_dict(merged)
+    batch = {'input_ids': torch.arange(12).view(2, 6) + 8, 'attention_mask': torch.ones(2, 6, dtype=torch.long)}
+    found, expected = (net.backbone(**batch).last_hidden_state for net in (bare, network))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('head', ['linear', 'mlp'])
+def test_the_weights_dtype_can_be_chosen(tmp_path, dtype, head):
+    model = tiny_classifier(head=head)
+    write_slim(model.get_metadata(), model.network.state_dict(), tmp_path / 'slim', dtype)
+    with safe_open(tmp_path / 'slim' / 'model.safetensors', 'pt') as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {dtype}  # noqa: SIM118
+    assert json.loads((tmp_path / 'slim' / 'config.json').read_text())['torch_dtype'] == str(dtype)[6:]
+
+
+def test_added_markers_and_what_prediction_needs_travel_in_the_config(tmp_path):
+    tokenizer, network = tiny_tokenizer(), tiny_network(head='linear')
+    Markers('<why>', '<so>', as_tokens=True).add_to(tokenizer)
+    network.resize_token_embeddings(len(tokenizer))
+    info = {'markers': {'reason': '<why>', 'answer': '<so>', 'as_tokens': True}, 'max_seq_len': 40}
+    model = ComposerDualHeadClassifier(network, tokenizer, LABELS, info=info)
+    write_slim(model.get_metadata(), network.state_dict(), tmp_path / 'slim')
+    config = json.loads((tmp_path / 'slim' / 'config.json').read_text())
+    assert config['dhrd'] == {**info, 'task': None} and config['vocab_size'] == len(tokenizer)
