@@ -22,7 +22,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -246,16 +246,19 @@ class RowLog:
             raise UserError(f'{self.path}: cannot be written ({error.strerror})') from error
         self.rows[row['idx']] = self.keep(row)
 
-    def close(self, wanted: Callable[[dict[str, Any]], bool] | None = None) -> None:
-        """Close the file; with `wanted`, first rewrite it with the last row of each `idx` that is wanted."""
-        if wanted is not None:
-            everything = map(json.loads, self.path.read_bytes().splitlines())
-            rows = {row['idx']: row for row in everything if wanted(row)}
-            temporary = self.path.with_name(f'{self.path.name}.tmp')
-            temporary.write_bytes(b''.join(map(json_line, rows.values())))
+    def keep_only(self, wanted: Callable[[str], bool]) -> None:
+        """Rewrite the file, in one step, with the wanted of its `rows`, kept whole; the last thing done to it."""
+        temporary = self.path.with_name(f'{self.path.name}.tmp')
+        try:
+            temporary.write_bytes(b''.join(json_line(row) for idx, row in self.rows.items() if wanted(idx)))
             os.replace(temporary, self.path)
-            if not rows:
-                self.path.unlink()
+        except OSError as error:
+            raise UserError(f'{self.path}: cannot be written ({error.strerror})') from error
+
+    def close(self) -> None:
+        """Close the file; an empty one is removed."""
+        if not os.path.getsize(self.path):
+            self.path.unlink()
         self.file.close()
 
 
@@ -309,7 +312,7 @@ class Endpoint:
         api_key: The key. It is sent, and stands in nothing that is printed or written.
         body: Sampling settings and anything else of the request's body.
         retries: How often the client asks again.
-        timeout: Seconds until a request without an answer counts as failed.
+        timeout: Seconds until a request without a whole answer counts as failed.
     """
 
     def __init__(
@@ -325,24 +328,19 @@ class Endpoint:
         # A shorter one is a placeholder such as "none", and a word that answers may hold.
         self.secret = api_key if len(api_key) >= 12 else '\0'
         self.client = self.openai.AsyncOpenAI(
-            base_url=base_url, api_key=api_key, max_retries=retries, timeout=timeout
+            base_url=base_url, api_key=api_key, max_retries=retries, http_client=http_client(timeout)
         )
         self.address = str(self.client.base_url.copy_with(userinfo=b'')).rstrip('/')
-        # The client's time-out is the longest silence. This ends an answer that drips for ever.
-        self.deadline = timeout * (retries + 1) + 60 * retries
 
     async def ask(self, prompt: str) -> Reply:
         """One answer. Raises Unanswered, or UserError where no request to this endpoint can succeed."""
         try:
-            request = self.client.chat.completions.with_raw_response.create(
+            response = await self.client.chat.completions.with_raw_response.create(
                 model=self.model, messages=[{'role': 'user', 'content': prompt}], extra_body=self.body
             )
-            response = await asyncio.wait_for(request, self.deadline)
             return parse_reply(response.text.replace(self.secret, '***'))
         except ValueError as error:
             raise Unanswered(str(error), again=True) from error
-        except asyncio.TimeoutError as error:
-            raise Unanswered(f'no whole answer in {self.deadline:g} s') from error
         except self.openai.APIStatusError as error:
             said = error.body.get('message') if isinstance(error.body, dict) else error.body
             reason = f'HTTP {error.status_code} ({self.redact(said or error.response.reason_phrase)})'
@@ -371,6 +369,23 @@ def import_openai() -> Any:
     except ImportError as error:
         raise UserError("the teacher needs the package openai: pip install 'dhrd-plugin[teacher]'") from error
     return openai
+
+
+def http_client(timeout: float) -> Any:
+    """The client's own HTTP client, whose time-out is for a whole answer.
+
+    HTTP clients time silences only, so an answer that drips could hold its row for ever.
+    """
+    import httpx
+
+    class HTTPClient(import_openai().DefaultAsyncHttpxClient):
+        async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+            try:
+                return await asyncio.wait_for(super().send(request, **options), timeout)
+            except asyncio.TimeoutError as error:
+                raise httpx.ReadTimeout('no whole answer', request=request) from error
+
+    return HTTPClient(timeout=timeout)
 
 
 def find_key(variable: str, base_url: str | None) -> str:
@@ -509,13 +524,15 @@ def is_open(triplet: Triplet, done: Mapping[str, str | None], aside: Collection[
     Raises:
         UserError: The rationale of this id was written for another text or answer.
     """
-    known = done.get(triplet['id'], '')
-    if known not in ('', None, fingerprint(triplet)):
+    ident = triplet['id']
+    if ident not in done:
+        return ident not in aside
+    if done[ident] not in (None, fingerprint(triplet)):
         raise UserError(
-            f'idx {triplet["id"]!r}: the output holds a rationale for another text or answer of this id; '
-            'name another --output for other data'
+            f'idx {ident!r}: the output holds a rationale of this id for another text or answer; '
+            'other data needs another --output'
         )
-    return known == '' and triplet['id'] not in aside
+    return False
 
 
 def dry_run(rows: Iterable[Triplet], template: str, args: argparse.Namespace) -> None:
@@ -582,23 +599,21 @@ def generate(args: argparse.Namespace) -> int:
         return 0
     key = find_key(args.api_key_env, args.base_url)
     endpoint = Endpoint(args.model, args.base_url, key, args.body, args.retries, args.timeout)
-    output = RowLog(args.output, known)
-    rejects = RowLog(rejects_path, dict)
-    for log in (output, rejects):
-        if log.torn:
-            say(f'{log.path}: cut off a torn last line of {log.torn:,} bytes, the work of a kill')
-    skip, before = aside(rejects.rows), len(output.rows)
-    # One pass before anything is sent: it finds every bad row, and how many there are to ask.
-    total, todo = count(is_open(row, output.rows, skip) for row in rows())
-    run = Run(endpoint, template, task.answers, args.attempts, output, rejects)
-    open_rows = (row for row in rows() if is_open(row, output.rows, skip))
-    try:
-        with progress_bar(run, todo) as on_row:
-            asyncio.run(run.ask_all(open_rows, args.concurrency, on_row))
-    finally:
-        rejects.close(lambda row: str(row['idx']) not in output.rows)
-        output.close()
-        unanswered = summarise(run, total, before, args)
+    with closing(RowLog(args.output, known)) as output, closing(RowLog(rejects_path, dict)) as rejects:
+        for log in (output, rejects):
+            if log.torn:
+                say(f'{log.path}: cut off a torn last line of {log.torn:,} bytes; its row is asked again')
+        skip, before = aside(rejects.rows), len(output.rows)
+        # One pass before anything is sent: it finds every bad row, and how many there are to ask.
+        total, todo = count(is_open(row, output.rows, skip) for row in rows())
+        run = Run(endpoint, template, task.answers, args.attempts, output, rejects)
+        open_rows = (row for row in rows() if is_open(row, output.rows, skip))
+        try:
+            with progress_bar(run, todo) as on_row:
+                asyncio.run(run.ask_all(open_rows, args.concurrency, on_row))
+        finally:
+            rejects.keep_only(lambda idx: idx not in output.rows)
+            unanswered = summarise(run, total, before, args)
     return 128 + run.signal if run.signal else int(unanswered > 0)
 
 
@@ -610,21 +625,25 @@ def count(flags: Iterable[bool]) -> tuple[int, int]:
 
 def known(row: dict[str, Any]) -> str | None:
     """What the output file's rows are remembered by."""
-    if not isinstance(row['rationale'], str):
-        raise TypeError('no rationale')
+    if not row['rationale']:
+        raise ValueError('no rationale')
     return row.get('input')
 
 
 @contextmanager
 def progress_bar(run: Run, todo: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr over the rows to ask; yields what to call after each row."""
+    """A bar over the rows to ask, where stderr is a terminal; yields what to call after each row."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda: None
+        return
     columns = ('{task.description}', BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task('asking', total=todo)
 
         def on_row() -> None:
-            tokens = run.tokens['in'] + run.tokens['out']
-            progress.update(bar, advance=1, description=f'asking, {tokens:,} tokens')
+            rationales, without = len(run.output.rows), len(run.rejects.rows)
+            progress.update(bar, advance=1, description=f'{rationales:,} rationales, {without:,} rows without')
 
         yield on_row
 
