@@ -27,3 +27,14 @@ def shared() -> Path:
 def sample() -> Path:
     """The triplets that the package ships."""
     return ROOT / 'dhrd_plugin' / 'data' / 'sample'
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    """For tiny models: a second thread would only spin, ten times slower where the cores are shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

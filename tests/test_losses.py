@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from dhrd_plugin.data.collation import TripletCollator
 from dhrd_plugin.losses import chunked_lm_loss, combine_losses, linear_cross_entropy
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 

@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from gradients import CASES, case_gradients, fit
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 SERIES = ('loss/train/classification', 'loss/train/reasoning', 'loss/train/total', 'dhrd/alpha', 'dhrd/beta')
 
 
@@ -50,7 +52,7 @@ def two_ranks(root, tmp_path_factory):
     out = tmp_path_factory.mktemp('ranks')
     command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', 'tests/algorithms/gradients.py', str(out)]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return [torch.load(out / f'rank{rank}.pt', weights_only=True) for rank in (0, 1)]
 

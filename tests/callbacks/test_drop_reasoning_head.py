@@ -12,6 +12,8 @@ from dhrd_plugin import AuxiliaryReasoningLoss, DropReasoningHead, TripletCollat
 from dhrd_plugin.data.collation import triplet_data_spec
 from dhrd_plugin.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 class Weights(Callback):
     """Copies of the weights as they are before and after the export."""

@@ -18,6 +18,8 @@ from dhrd_plugin.data.collation import Markers, triplet_data_spec
 from dhrd_plugin.models.build import merged_state
 from dhrd_plugin.models.export import write_slim
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 MODELS = {
     'llama-linear-tied': {'kind': 'llama', 'head': 'linear', 'tied': True},
     'gpt2-linear-untied': {'kind': 'gpt2', 'head': 'linear'},
@@ -64,7 +66,7 @@ def exports(tmp_path_factory):
     script = Path(__file__).with_name('load_slim.py')
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(root / 'hf'), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(
-        [sys.executable, str(script), str(root)], cwd=root, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), str(root)], cwd=root, env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return root, expected, torch.load(root / 'found.pt', weights_only=True)

@@ -9,6 +9,8 @@ from dhrd_plugin.data.collation import Markers, TripletCollator
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models.network import DualHeadNetwork, check_decoder
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 HEADS = [('mlp', 'last'), ('linear', 'last'), ('mlp', 'mean')]
 
 
