@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 from dhrd_plugin.data.tasks import BadRow, Task, is_unicode
 from dhrd_plugin.errors import UserError
 
-__all__ = ['MAX_ROW_BYTES', 'SPLITS', 'OnBad', 'Row', 'raise_bad', 'read_hub', 'read_rows', 'source_file']
+__all__ = ['MAX_ROW_BYTES', 'SPLITS', 'OnBad', 'Row', 'raise_bad', 'read_hub', 'read_rows', 'source_file', 'splits_in']
 
 MAX_ROW_BYTES = 1 << 20  # 1 MiB
 SPLITS = {'train': ('train',), 'validation': ('validation', 'val', 'dev'), 'test': ('test',)}
@@ -43,26 +43,32 @@ def source_file(source: str | Path, split: str | None = None) -> Path:
     Raises:
         UserError: nothing is there, the split is missing or ambiguous, or a file was given a split.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         if split is not None:
             raise UserError(f'{path}: is one file; leave out the split {split!r}, or give its folder')
         return path
     if not path.is_dir():
         raise UserError(f'{path}: no such file or folder')
-    found = {name: [p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES and p.stem in stems]
-             for name, stems in SPLITS.items()}  # fmt: skip
-    here = ', '.join(name for name, files in found.items() if files) or 'none'
+    found = splits_in(path)
+    here = ', '.join(found) or 'none'
     if split is None:
         raise UserError(f'{path}: is a folder; name a split (here: {here})')
     name = next((name for name, stems in SPLITS.items() if split in stems), None)
     if name is None:
         raise UserError(f'{path}: unknown split {split!r}; splits are {", ".join(SPLITS)}')
-    if not found[name]:
+    if name not in found:
         raise UserError(f'{path}: has no split {name!r} (here: {here})')
     if len(found[name]) > 1:
         raise UserError(f'{path}: split {name!r} is ambiguous: {", ".join(p.name for p in found[name])}')
     return found[name][0]
+
+
+def splits_in(folder: str | Path) -> dict[str, list[Path]]:
+    """The splits of a folder and their files, such as ``{'train': [folder/train.jsonl]}``."""
+    files = sorted(path for path in Path(folder).expanduser().iterdir() if path.suffix in SUFFIXES)
+    found = {name: [path for path in files if path.stem in stems] for name, stems in SPLITS.items()}
+    return {name: paths for name, paths in found.items() if paths}
 
 
 def read_rows(path: Path, on_bad: OnBad = raise_bad, max_bytes: int = MAX_ROW_BYTES) -> Iterator[Row]:

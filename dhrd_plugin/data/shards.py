@@ -1,4 +1,4 @@
-"""Shards: writing triplets as MDS, whole or not at all, and the cache of shards made on first use.
+"""Shards: writing triplets as MDS, and the cache of shards made on first use.
 
 A set of shards is a folder of ``shard.*.mds``, Streaming's ``index.json``, and ``triplets.json``, which
 says what is in it: task, label names, counts. ``index.json`` comes last; without it nothing trains.
@@ -8,31 +8,32 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
-import uuid
+import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dhrd_plugin.data.rows import MAX_ROW_BYTES, source_file
+from dhrd_plugin.data.publish import check_free, is_remote, is_whole, publish, staged, write_json
+from dhrd_plugin.data.rows import MAX_ROW_BYTES, read_hub, source_file
 from dhrd_plugin.data.tasks import BadRow, Task, check_rationale, check_text, check_weight
 from dhrd_plugin.data.triplets import Triplet, apply_control, read_triplets
 from dhrd_plugin.errors import UserError
 
-__all__ = ['COLUMNS', 'cached_shards', 'check_triplet', 'is_whole', 'read_summary', 'write_triplets']
+__all__ = ['COLUMNS', 'cached_shards', 'check_triplet', 'is_whole', 'read_summary', 'write_set', 'write_triplets']
 
 COLUMNS = {
     'id': 'str', 'input_text': 'str', 'label': 'str', 'answer': 'str', 'rationale': 'json',
     'weight': 'float64', 'group': 'str',
 }  # fmt: skip
 HASHES = ('sha1', 'xxh64')
-SHARD_BYTES = 1 << 25  # 32 MiB
+SHARD_SIZE = 1 << 25  # 32 Mi
 SUMMARY = 'triplets.json'
 FORMAT = 1  # of the shards and the summary; a change makes every cached set a new one
+
+Look = Callable[[list[Triplet]], Any]
 
 
 def write_triplets(
@@ -42,27 +43,25 @@ def write_triplets(
     task: Task | None = None,
     compression: str | None = None,
     hashes: Sequence[str] = HASHES,
-    size_limit: int = SHARD_BYTES,
+    size_limit: int = SHARD_SIZE,
     workers: int = 1,
     overwrite: bool = False,
-    summary: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes triplets to a folder of MDS shards.
+    """Writes triplets as MDS shards to a folder or to object storage.
 
-    The folder appears at the end, whole; an error or a kill before that leaves what was there. Rows
+    The set appears at the end, whole; an error or a kill before that leaves what was there. Rows
     keep their order, and the bytes do not depend on the number of workers.
 
     Args:
         triplets (Iterable[Mapping]): triplets; ``id``, ``input_text`` and ``label`` are needed, the
             answer defaults to the task's word for the label (or the label), the rationale to None.
-        out (str | Path): the folder to write.
+        out (str | Path): a folder, or an address such as ``s3://bucket/rte/train``.
         task (Task, optional): its labels are the ones allowed. Default: None, any label.
         compression (str, optional): Streaming's name of one, such as ``zstd`` or ``zstd:11``. Default: None.
         hashes (Sequence[str]): hashes of the shards in the index. Default: sha1, xxh64.
         size_limit (int): the size of a shard in characters, about. Default: 32 Mi.
         workers (int): processes that write. Default: 1, this one.
         overwrite (bool): whether a set that is there may be replaced. Default: False.
-        summary (Mapping, optional): what else ``triplets.json`` shall say; read at the end.
 
     Returns:
         dict: the summary, as written to ``triplets.json``.
@@ -75,13 +74,72 @@ def write_triplets(
         >>> write_triplets(rows, tmp_path / 'train')['rows']
         1
     """
-    out = Path(out).expanduser()
-    _check_free(out, overwrite)
-    options = {'compression': compression, 'hashes': sorted(hashes)}
-    with _beside(out) as folder:
-        written = _write(triplets, folder, task, size_limit, workers, options, summary or {})
-        _replace(folder, out)
-    return written
+    out = out if is_remote(out) else Path(out).expanduser()
+    check_free(out, overwrite)
+    with staged(out) as folder:
+        summary = write_set(
+            triplets, folder, task, compression=compression, hashes=hashes, size_limit=size_limit, workers=workers
+        )
+        publish(folder, out)
+    return summary
+
+
+def write_set(
+    triplets: Iterable[Mapping[str, Any]],
+    folder: Path,
+    task: Task | None = None,
+    *,
+    compression: str | None = None,
+    hashes: Sequence[str] = HASHES,
+    size_limit: int = SHARD_SIZE,
+    workers: int = 1,
+    look: Look | None = None,
+    more: Callable[[list[Any]], Mapping[str, Any]] = lambda looks: {},
+) -> dict[str, Any]:
+    """Writes a set into an empty folder: shards, summary and, last of all, the index.
+
+    Args:
+        triplets (Iterable[Mapping]): as for ``write_triplets``, and so
+        task (Task, optional): Default: None.
+        compression (str, optional): Default: None.
+        hashes (Sequence[str]): Default: sha1, xxh64.
+        size_limit (int): Default: 32 Mi.
+        workers (int): Default: 1.
+        folder (Path): of ``staged``.
+        look (Callable, optional): called on the triplets of each shard by the process that writes it.
+        more (Callable): what else ``triplets.json`` shall say, from the results of ``look`` in the
+            order of the shards. Called when all is written. Default: nothing.
+
+    Returns:
+        dict: the summary.
+    """
+    options = {'compression': compression, 'hashes': sorted(set(hashes))}
+    _check_options(options)
+    labels = Counter(dict.fromkeys(task.label_names, 0) if task else {})
+    counts: Counter[str] = Counter()
+    chunks = _chunks((check_triplet(row, task) for row in triplets), size_limit)
+    jobs = ((folder, number, chunk, options, look) for number, chunk in enumerate(_counted(chunks, labels, counts)))
+    shards, looks = [], []
+    for shard, seen in _write_shards(jobs, workers):
+        shards.append(shard)
+        looks.append(seen)
+    if not shards:
+        raise UserError('there is no row to write')
+    summary = {
+        'format': FORMAT,
+        'task': task.to_dict() if task else None,
+        'label_names': list(task.label_names) if task else sorted(labels),
+        'rows': counts['rows'],
+        'labels': dict(labels),
+        'without_rationale': counts['without_rationale'],
+        'shard_count': len(shards),
+        'shards': [],  # Streaming's merge_index takes every .json of a tree for an index: this one adds nothing
+        'bytes': sum((shard['zip_data'] or shard['raw_data'])['bytes'] for shard in shards),
+        **more(looks),
+    }
+    write_json(folder / SUMMARY, summary)
+    write_json(folder / 'index.json', {'version': 2, 'shards': shards})
+    return summary
 
 
 def cached_shards(
@@ -96,16 +154,16 @@ def cached_shards(
     cache_dir: str | Path | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Path:
-    """The shards of a source file, written on first use into a folder named by the content.
+    """The shards of a source, written on first use into a folder named by the content.
 
-    The name is a hash over the bytes of the files, the task and the options: a changed file is never
-    served stale. Any number of processes may ask at the same time.
+    The name is a hash over the bytes of the files (or the rows of a hub data set), the task and the
+    options: a changed file is never served stale. Any number of processes may ask at the same time.
 
     Args:
-        source (str | Path): a file, or a folder with ``split``; see ``read_triplets``.
+        source (str | Path): a file, a folder with ``split``, or ``hub:``; see ``read_triplets``.
         task (Task): the template that the rows fit.
         rationales (str | Path, optional): a file of rationales to join. Default: None.
-        split (str, optional): the split, for a folder. Default: None.
+        split (str, optional): the split, for a folder and the hub. Default: None.
         labelled (bool): whether every row must have a label. Default: True.
         control (str): see ``apply_control``. Default: ``ConsistentReasoningLabel``.
         seed (int): of the control's shuffling. Default: 17.
@@ -118,37 +176,32 @@ def cached_shards(
     Raises:
         UserError: a file is missing or a row does not fit.
     """
-    if str(source).startswith('hub:'):
-        raise UserError(f'{source}: a hub data set has no file to name its cache by; write its shards with '
-                        'scripts/prepare_data.py and give that folder')  # fmt: skip
-    paths = [source_file(source, split)] + ([source_file(rationales)] if rationales else [])
+    content = [_digest_source(source, task, split), _digest_source(rationales, task) if rationales else '']
     options = {'task': task.to_dict(), 'labelled': labelled, 'control': control, 'seed': seed}
-    key = _content_key(paths, options)
+    key = hashlib.sha256(json.dumps([FORMAT, content, options]).encode()).hexdigest()
     folder = (Path(cache_dir) if cache_dir else default_cache()).expanduser() / key
     if is_whole(folder):
         return folder
     joined: dict[str, int] = {}
-    triplets = read_triplets(paths[0], task, rationales, labelled=labelled, max_row_bytes=max_row_bytes, report=joined)
-    summary = {**options, 'key': key, 'joined': joined, 'sources': [str(path) for path in paths]}
-    triplets = apply_control(triplets, control, seed)
-    with _beside(folder) as temporary:
-        _write(triplets, temporary, task, SHARD_BYTES, 1, {'hashes': list(HASHES)}, summary)
+    triplets = read_triplets(source, task, rationales, split, labelled, max_row_bytes=max_row_bytes, report=joined)
+    with staged(folder) as temporary:
+        write_set(
+            apply_control(triplets, control, seed),
+            temporary,
+            task,
+            more=lambda looks: {**options, 'key': key, 'joined': joined, 'source': str(source)},
+        )
         try:
             os.rename(temporary, folder)
         except OSError:  # something is there: another process was quicker, or it is half a set
             if not is_whole(folder):
-                _replace(temporary, folder)
+                publish(temporary, folder)
     return folder
 
 
 def default_cache() -> Path:
     """``$DHRD_CACHE/shards``, or ``~/.cache/dhrd_plugin/shards``."""
     return Path(os.environ.get('DHRD_CACHE', '~/.cache/dhrd_plugin')).expanduser() / 'shards'
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether the folder holds a finished set of shards."""
-    return (folder / 'index.json').is_file()
 
 
 def read_summary(folder: str | Path) -> dict[str, Any] | None:
@@ -189,37 +242,6 @@ def check_triplet(row: Mapping[str, Any], task: Task | None = None) -> Triplet:
 # Writing
 
 
-def _write(
-    triplets: Iterable[Mapping[str, Any]],
-    folder: Path,
-    task: Task | None,
-    size_limit: int,
-    workers: int,
-    options: Mapping[str, Any],
-    summary: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Shards, summary and, last of all, the index."""
-    labels = Counter(dict.fromkeys(task.label_names, 0) if task else {})
-    counts: Counter[str] = Counter()
-    chunks = _chunks((check_triplet(row, task) for row in triplets), size_limit)
-    shards = list(_write_shards(_counted(chunks, labels, counts), folder, workers, options))
-    if not shards:
-        raise UserError('there is no row to write')
-    written = {
-        'format': FORMAT,
-        'task': task.to_dict() if task else None,
-        'label_names': list(task.label_names) if task else sorted(labels),
-        'rows': counts['rows'],
-        'labels': dict(labels),
-        'without_rationale': counts['without_rationale'],
-        'shards': len(shards),
-        **summary,
-    }
-    _write_json(folder / SUMMARY, written)
-    _write_json(folder / 'index.json', {'version': 2, 'shards': shards})
-    return written
-
-
 def _counted(chunks: Iterable[list[Triplet]], labels: Counter[str], counts: Counter[str]) -> Iterator[list[Triplet]]:
     for chunk in chunks:
         labels.update(triplet['label'] for triplet in chunk)
@@ -245,11 +267,8 @@ def _chunks(triplets: Iterable[Triplet], limit: int) -> Iterator[list[Triplet]]:
         yield chunk
 
 
-def _write_shards(
-    chunks: Iterable[list[Triplet]], folder: Path, workers: int, options: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Writes a shard for each chunk; yields their entries of the index in the order of the chunks."""
-    jobs = ((folder, number, chunk, options) for number, chunk in enumerate(chunks))
+def _write_shards(jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Runs the jobs of ``_write_shard``; yields what they give in their order."""
     if workers <= 1:
         for job in jobs:
             yield _write_shard(*job)
@@ -258,7 +277,7 @@ def _write_shards(
     # safer than to fork this process with its threads.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['streaming'])
-    with ProcessPoolExecutor(workers, context, initializer=_leave_interrupts_to_parent) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         waiting: deque[Any] = deque()
         for job in jobs:
             waiting.append(pool.submit(_write_shard, *job))
@@ -268,12 +287,23 @@ def _write_shards(
             yield waiting.popleft().result()
 
 
-def _leave_interrupts_to_parent() -> None:
+def _start_worker() -> None:
+    """Ctrl-C is the parent's business, and when the parent is killed its workers end too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _write_shard(folder: Path, number: int, triplets: list[Triplet], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes one shard; returns its entry of the index."""
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
+
+
+def _write_shard(
+    folder: Path, number: int, triplets: list[Triplet], options: Mapping[str, Any], look: Look | None
+) -> tuple[dict[str, Any], Any]:
+    """Writes one shard; returns its entry of the index, and what ``look`` saw."""
     from streaming import MDSWriter
 
     part = folder / f'part.{number:05}'
@@ -289,52 +319,34 @@ def _write_shard(folder: Path, number: int, triplets: list[Triplet], options: Ma
             if (part / name).exists():
                 os.rename(part / name, folder / file['basename'])
     part.rmdir()
-    return entry
+    return entry, look(triplets) if look else None
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    from streaming.base.compression import get_compressions, is_compression
+    from streaming.base.hashing import get_hashes, is_hash
+
+    name = options['compression']
+    if name and not is_compression(name):
+        known = ', '.join(sorted(kind for kind in get_compressions() if ':' not in kind))
+        raise UserError(f'compression: unknown {name!r}; known are {known}, and levels such as zstd:11')
+    for name in options['hashes']:
+        if not is_hash(name):
+            raise UserError(f'hashes: unknown {name!r}; known are {", ".join(sorted(get_hashes()))}')
 
 
 # ------------------------------------------------------------------------------------------------
-# Folders that appear whole
+# The cache's key
 
 
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A temporary folder in the parent of ``out``, from where a rename takes it there; else it vanishes."""
-    folder = out.parent / f'.{out.name}.{uuid.uuid4().hex[:8]}.tmp'
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not is_whole(out):
-        raise UserError(f'{out}: is there already and is no set of shards; choose another folder')
-    if not overwrite:
-        raise UserError(f'{out}: holds a set of shards already; choose another folder or allow overwriting')
-
-
-def _replace(folder: Path, out: Path) -> None:
-    """Renames ``folder`` to ``out``; what was there goes aside first, and away at the end."""
-    old = folder.with_suffix('.old')
-    if out.exists():
-        os.rename(out, old)
-    os.rename(folder, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_json(path: Path, data: object) -> None:
-    path.write_text(json.dumps(data, ensure_ascii=False, indent=2) + '\n', 'utf-8')
-
-
-def _content_key(paths: Sequence[Path], options: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, options]).encode())
-    for path in paths:
-        content = hashlib.sha256(path.suffix.encode())
-        with path.open('rb') as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-        digest.update(content.digest())
-    return digest.hexdigest()
+def _digest_source(source: str | Path, task: Task, split: str | None = None) -> str:
+    digest = hashlib.sha256()
+    if str(source).startswith('hub:'):
+        for row in read_hub(str(source), task, split):
+            digest.update(json.dumps(row.fields, default=str).encode())
+        return digest.hexdigest()
+    path = source_file(source, split)
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f'{path.suffix} {digest.hexdigest()}'

@@ -281,6 +281,8 @@ def test_a_bad_row_leaves_no_cache(tmp_path):
     assert os.listdir(tmp_path / 'cache') == []
 
 
-def test_hub_sources_go_through_prepare_data(tmp_path):
-    with pytest.raises(UserError, match='prepare_data'):
-        cached_shards('hub:', RTE, cache_dir=tmp_path)
+def test_unknown_names_of_options(tmp_path):
+    with pytest.raises(UserError, match="compression: unknown 'zip'; known are br"):
+        write_triplets(rows(1), tmp_path / 'set', compression='zip')
+    with pytest.raises(UserError, match="hashes: unknown 'crc'; known are "):
+        write_triplets(rows(1), tmp_path / 'set', hashes=['crc'])

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dhrd_plugin.data.rows import read_rows, source_file
+from dhrd_plugin.data.shards import cached_shards
 from dhrd_plugin.data.tasks import BadRow, load_task
 from dhrd_plugin.data.triplets import CONTROLS, apply_control, join_rationales, read_triplets
 from dhrd_plugin.errors import UserError
@@ -219,6 +220,22 @@ def test_hub_rows_with_class_numbers(hub):
         list(read_triplets(f'hub:{hub}', RTE, split='val'))
     with pytest.raises(UserError, match='name a split'):
         list(read_triplets(f'hub:{hub}', RTE))
+
+
+def test_the_cache_of_a_hub_set_is_named_by_its_rows(hub, tmp_path):
+    from datasets import ClassLabel, Value
+    from streaming import LocalDataset
+
+    features = {
+        'premise': Value('string'),
+        'hypothesis': Value('string'),
+        'idx': Value('int32'),
+        'label': ClassLabel(names=list(RTE.label_names)),
+    }
+    hub_folder(hub, 'rte', features, {'train': [{**ROWS[0], 'label': 0}], 'validation': [{**ROWS[1], 'label': 1}]})
+    folders = [cached_shards(f'hub:{hub}', RTE, split=split, cache_dir=tmp_path) for split in ('train', 'val', 'train')]
+    assert folders[0] == folders[2] != folders[1]
+    assert [row['id'] for row in LocalDataset(str(folders[1]))] == ['1']
 
 
 def test_hub_rows_of_multirc_are_flat(hub):

