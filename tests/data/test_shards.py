@@ -278,7 +278,7 @@ def test_a_bad_row_leaves_no_cache(tmp_path):
     data.write_text(data.read_text() + '{"idx": 9}\n')
     with pytest.raises(UserError, match=r'line 4, field premise: is missing'):
         cached_shards(data, RTE, cache_dir=tmp_path / 'cache')
-    assert os.listdir(tmp_path / 'cache') == []
+    assert list((tmp_path / 'cache').glob('*')) == []
 
 
 def test_unknown_names_of_options(tmp_path):
