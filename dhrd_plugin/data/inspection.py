@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dhrd_plugin.cli import run
-from dhrd_plugin.data.publish import INDEX, fetch, is_remote, join
+from dhrd_plugin.data.publish import INDEX, fetch, is_remote, join, os_errors
 from dhrd_plugin.data.report import Look, Seen, collator, merge, percentiles
 from dhrd_plugin.data.shards import COLUMNS
 from dhrd_plugin.data.triplets import Triplet
@@ -154,11 +154,13 @@ def show(args: argparse.Namespace) -> None:
     """Prints a set, and draws it where asked."""
     if args.tokenizer:
         collator(args.tokenizer)  # a name that is wrong is better known now
-    contents = inspect_set(args.place, args.rows, args.tokenizer)
+    with os_errors(args.place):
+        contents = inspect_set(args.place, args.rows, args.tokenizer)
     unit = 'tokens' if args.tokenizer else 'words'
     print('\n'.join(describe(args.place, contents, unit)))
     if args.png:
-        draw(contents, unit, args.png)
+        with os_errors(args.png):
+            draw(contents, unit, args.png)
         print(f'drawn: {args.png}')
 
 

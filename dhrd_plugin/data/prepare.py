@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dhrd_plugin.cli import run
-from dhrd_plugin.data.publish import check_free, is_remote, join, publish, staged
+from dhrd_plugin.data.publish import check_free, is_remote, join, os_errors, publish, staged
 from dhrd_plugin.data.report import Look, collator, merge, report
 from dhrd_plugin.data.rows import MAX_ROW_BYTES, SPLITS, splits_in
 from dhrd_plugin.data.shards import HASHES, SHARD_SIZE, write_set
@@ -166,8 +166,9 @@ class SetAside:
 
     def __enter__(self) -> 'SetAside':
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.with_name(f'{self.path.name}.{os.getpid()}.tmp').open('w', encoding='utf-8')
+            with os_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = self.path.with_name(f'{self.path.name}.{os.getpid()}.tmp').open('w', encoding='utf-8')
         return self
 
     def __call__(self, bad: BadRow) -> None:

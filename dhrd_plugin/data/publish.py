@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 
 from dhrd_plugin.errors import UserError
 
-__all__ = ['check_free', 'fetch', 'is_remote', 'is_whole', 'join', 'publish', 'staged', 'write_json']
+__all__ = ['check_free', 'fetch', 'is_remote', 'is_whole', 'join', 'os_errors', 'publish', 'staged', 'write_json']
 
 INDEX = 'index.json'
 
@@ -72,14 +72,24 @@ def staged(out: str | Path) -> Iterator[Path]:
         folder = Path(out).parent / f'.{Path(out).name}.{uuid.uuid4().hex[:8]}.tmp'
     parent = folder.parent
     ours = is_remote(out) or not parent.exists()
-    folder.mkdir(parents=True)
     try:
-        yield folder
+        with os_errors(out):
+            folder.mkdir(parents=True)
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if ours:
             with suppress(OSError):  # sets stand there
                 parent.rmdir()
+
+
+@contextmanager
+def os_errors(place: str | Path) -> Iterator[None]:
+    """Tells a full disk or a missing permission in one line, with the file's name or else ``place``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'{error.filename or place}: {error.strerror or error}') from None
 
 
 def publish(folder: Path, out: str | Path) -> None:

@@ -13,6 +13,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -277,14 +278,17 @@ def _write_shards(jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[tup
     # safer than to fork this process with its threads.
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['streaming'])
+    waiting: deque[Any] = deque()
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        waiting: deque[Any] = deque()
-        for job in jobs:
-            waiting.append(pool.submit(_write_shard, *job))
-            if len(waiting) > workers:
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(_write_shard, *job))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError('a worker was killed, perhaps for memory; try fewer workers or smaller shards') from None
 
 
 def _start_worker() -> None:

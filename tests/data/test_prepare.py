@@ -207,6 +207,8 @@ def test_a_rationale_that_matches_nothing(tmp_path, capsys):
         (['--task', 'rte', '--compression', 'zip'], "compression: unknown 'zip'"),
         (['--task', 'rte', '--hashes', 'md4x'], "hashes: unknown 'md4x'"),
         (['--task', 'rte', '--output', 'full'], 'full: holds a set of shards already'),
+        (['--task', 'rte', '--output', '/proc/none/out'], '/proc/none: No such file or directory'),
+        (['--task', 'rte', '--skip-bad', '/proc/none/bad'], '/proc/none: No such file or directory'),
         (['--task', 'rte', '--output', 'other'], 'other: is there already and is no set of shards'),
     ],
 )
