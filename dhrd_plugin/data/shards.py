@@ -30,7 +30,7 @@ COLUMNS = {
     'weight': 'float64', 'group': 'str',
 }  # fmt: skip
 HASHES = ('sha1', 'xxh64')
-SHARD_SIZE = 1 << 25  # 32 Mi
+SHARD_SIZE = 1 << 24  # 16 Mi
 SUMMARY = 'triplets.json'
 FORMAT = 1  # of the shards and the summary; a change makes every cached set a new one
 
@@ -60,7 +60,7 @@ def write_triplets(
         task (Task, optional): its labels are the ones allowed. Default: None, any label.
         compression (str, optional): Streaming's name of one, such as ``zstd`` or ``zstd:11``. Default: None.
         hashes (Sequence[str]): hashes of the shards in the index. Default: sha1, xxh64.
-        size_limit (int): the size of a shard in characters, about. Default: 32 Mi.
+        size_limit (int): the size of a shard in characters, about. Default: 16 Mi.
         workers (int): processes that write. Default: 1, this one.
         overwrite (bool): whether a set that is there may be replaced. Default: False.
 
@@ -104,7 +104,7 @@ def write_set(
         task (Task, optional): Default: None.
         compression (str, optional): Default: None.
         hashes (Sequence[str]): Default: sha1, xxh64.
-        size_limit (int): Default: 32 Mi.
+        size_limit (int): Default: 16 Mi.
         workers (int): Default: 1.
         folder (Path): of ``staged``.
         look (Callable, optional): called on the triplets of each shard by the process that writes it.
@@ -274,10 +274,8 @@ def _write_shards(jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[tup
         for job in jobs:
             yield _write_shard(*job)
         return
-    # A server process that has Streaming loaded forks the workers: cheaper than to spawn them, and
-    # safer than to fork this process with its threads.
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['streaming'])
+    # Forked, as a DataLoader's workers are: to import Streaming anew in each would take seconds.
+    context = multiprocessing.get_context('fork')
     waiting: deque[Any] = deque()
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         try:
@@ -294,6 +292,7 @@ def _write_shards(jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[tup
 def _start_worker() -> None:
     """Ctrl-C is the parent's business, and when the parent is killed its workers end too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
