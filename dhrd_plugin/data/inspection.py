@@ -128,7 +128,7 @@ def _file(place: str | Path, name: str, here: Path) -> Path:
         path = place / name
     else:
         path = here / name
-        fetch(f'{place.rstrip("/")}/{name}', path)
+        fetch(str(join(place, name)), path)
     if not path.is_file():
         hint = ', so this is no finished set of shards' if name == INDEX else ', which the index names'
         raise UserError(f'{place}: has no {name}{hint}')

@@ -117,12 +117,13 @@ def write_split(
     """Writes one set into ``folder``; returns its summary."""
     joined: dict[str, int] = {}
     start, skipped = time.monotonic(), aside.count
+    labelled = not (args.unlabelled or split in SPLITS['test'])
     triplets = read_triplets(
         args.input,
         task,
         args.rationales,
         split,
-        labelled=not (args.unlabelled or split in SPLITS['test']),
+        labelled=labelled,
         on_bad=aside,
         max_row_bytes=args.max_row_bytes,
         report=joined,
@@ -149,6 +150,7 @@ def write_split(
         hashes=args.hashes,
         size_limit=args.shard_size,
         workers=args.workers,
+        labelled=labelled,
         look=Look(args.tokenizer),
         more=more,
     )

@@ -47,7 +47,7 @@ def check_free(out: str | Path, overwrite: bool) -> None:
     """
     if is_remote(out):
         with tempfile.TemporaryDirectory() as folder:
-            whole = not overwrite and fetch(f'{out}/{INDEX}', Path(folder) / INDEX)
+            whole = not overwrite and fetch(str(join(out, INDEX)), Path(folder) / INDEX)
     else:
         path = Path(out)
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):

@@ -46,6 +46,7 @@ def write_triplets(
     hashes: Sequence[str] = HASHES,
     size_limit: int = SHARD_SIZE,
     workers: int = 1,
+    labelled: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes triplets as MDS shards to a folder or to object storage.
@@ -62,6 +63,7 @@ def write_triplets(
         hashes (Sequence[str]): hashes of the shards in the index. Default: sha1, xxh64.
         size_limit (int): the size of a shard in characters, about. Default: 16 Mi.
         workers (int): processes that write. Default: 1, this one.
+        labelled (bool): whether every triplet must have a label. Default: True.
         overwrite (bool): whether a set that is there may be replaced. Default: False.
 
     Returns:
@@ -79,7 +81,14 @@ def write_triplets(
     check_free(out, overwrite)
     with staged(out) as folder:
         summary = write_set(
-            triplets, folder, task, compression=compression, hashes=hashes, size_limit=size_limit, workers=workers
+            triplets,
+            folder,
+            task,
+            compression=compression,
+            hashes=hashes,
+            size_limit=size_limit,
+            workers=workers,
+            labelled=labelled,
         )
         publish(folder, out)
     return summary
@@ -94,6 +103,7 @@ def write_set(
     hashes: Sequence[str] = HASHES,
     size_limit: int = SHARD_SIZE,
     workers: int = 1,
+    labelled: bool = True,
     look: Look | None = None,
     more: Callable[[list[Any]], Mapping[str, Any]] = lambda looks: {},
 ) -> dict[str, Any]:
@@ -106,6 +116,7 @@ def write_set(
         hashes (Sequence[str]): Default: sha1, xxh64.
         size_limit (int): Default: 16 Mi.
         workers (int): Default: 1.
+        labelled (bool): Default: True.
         folder (Path): of ``staged``.
         look (Callable, optional): called on the triplets of each shard by the process that writes it.
         more (Callable): what else ``triplets.json`` shall say, from the results of ``look`` in the
@@ -118,7 +129,7 @@ def write_set(
     _check_options(options)
     labels = Counter(dict.fromkeys(task.label_names, 0) if task else {})
     counts: Counter[str] = Counter()
-    chunks = _chunks((check_triplet(row, task) for row in triplets), size_limit)
+    chunks = _chunks((check_triplet(row, task, labelled) for row in triplets), size_limit)
     jobs = ((folder, number, chunk, options, look) for number, chunk in enumerate(_counted(chunks, labels, counts)))
     shards, looks = [], []
     for shard, seen in _write_shards(jobs, workers):
@@ -190,6 +201,7 @@ def cached_shards(
             apply_control(triplets, control, seed),
             temporary,
             task,
+            labelled=labelled,
             more=lambda looks: {**options, 'key': key, 'joined': joined, 'source': str(source)},
         )
         try:
@@ -211,7 +223,7 @@ def read_summary(folder: str | Path) -> dict[str, Any] | None:
     return json.loads(path.read_text('utf-8')) if path.is_file() else None
 
 
-def check_triplet(row: Mapping[str, Any], task: Task | None = None) -> Triplet:
+def check_triplet(row: Mapping[str, Any], task: Task | None = None, labelled: bool = True) -> Triplet:
     """The row with its defaults filled in, if it is a triplet.
 
     Raises:
@@ -222,7 +234,7 @@ def check_triplet(row: Mapping[str, Any], task: Task | None = None) -> Triplet:
         if not row.keys() <= COLUMNS.keys():
             (key, *_) = row.keys() - COLUMNS.keys()
             raise BadRow(str(key), f'is no field of a triplet; those are {", ".join(COLUMNS)}')
-        label, rationale = check_text(get('label'), 'label', True), get('rationale')
+        label, rationale = check_text(get('label'), 'label', not labelled), get('rationale')
         if task and label and label not in task.answers:
             raise BadRow('label', f'{label!r} is none of {", ".join(task.label_names)}')
         answer = row['answer'] if 'answer' in row else task.answers.get(label, '') if task else label

@@ -119,6 +119,15 @@ def test_controls(tmp_path, control):
     assert read_summary(tmp_path / 'out')['control'] == control
 
 
+def test_unlabelled_rows_where_they_are_asked_for(tmp_path, capsys):
+    data = write_rows(tmp_path / 'a.jsonl', label=None)
+    command = ['--task', 'rte', '--input', data, '--output', tmp_path / 'out']
+    assert run(*command) == 2
+    assert 'line 4, field label: is missing' in capsys.readouterr().err
+    assert run(*command, '--unlabelled') == 0
+    assert read_summary(tmp_path / 'out')['labels'] == {'entailment': 3, 'not_entailment': 0, '': 1}
+
+
 def test_compression_and_hashes(tmp_path):
     data = write_rows(tmp_path / 'train.jsonl')
     assert run('--task', 'rte', '--input', data, '--output', tmp_path / 'out', '--compression', 'zstd:3',

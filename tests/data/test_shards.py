@@ -140,6 +140,7 @@ def test_defaults_are_filled_in(tmp_path):
     [
         ({'label': 'maybe'}, "triplet '5', field label: 'maybe' is none of entailment, not_entailment"),
         ({'label': None}, 'field label: is missing'),
+        ({'label': ''}, 'field label: is empty'),
         ({'id': 5}, 'triplet 5, field id: 5 where text belongs'),
         ({'input_text': ''}, 'field input_text: is empty'),
         ({'rationale': 3}, 'field rationale: 3 where text belongs'),
@@ -157,6 +158,11 @@ def test_a_bad_triplet_leaves_the_old_set(tmp_path, change, message):
         write_triplets(bad, tmp_path / 'set', task=RTE, overwrite=True)
     assert files(tmp_path / 'set') == before
     assert os.listdir(tmp_path) == ['set']
+
+
+def test_unlabelled_rows_where_they_are_asked_for(tmp_path):
+    write_triplets([{'id': 'a', 'input_text': 'x', 'label': ''}], tmp_path / 'set', task=RTE, labelled=False)
+    assert [(row['label'], row['answer']) for row in read(tmp_path / 'set')] == [('', '')]
 
 
 def test_what_is_there_is_not_lost(tmp_path):
