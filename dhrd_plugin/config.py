@@ -11,21 +11,21 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dhrd_plugin import registry
-from dhrd_plugin.errors import UserError
-
-CONTROLS = ('ConsistentReasoningLabel', 'OnlyLabel', 'ShuffleReasoning', 'ShuffleReasoningLabel')
+from dhrd_plugin.data.collation import REASONING_TARGETS, Markers
+from dhrd_plugin.data.triplets import CONTROLS
+from dhrd_plugin.errors import UserError, nearest
+from dhrd_plugin.models.build import PAPER_LORA
+from dhrd_plugin.models.heads import HEADS, POOLINGS
 
 
 @dataclass
 class LoraConfig:
     """``peft.LoraConfig``; the defaults are the paper's (E.4)."""
 
-    r: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.1
-    target_modules: Any = field(
-        default_factory=lambda: ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj', 'gate_proj']
-    )
+    r: int = PAPER_LORA['r']
+    lora_alpha: int = PAPER_LORA['lora_alpha']
+    lora_dropout: float = PAPER_LORA['lora_dropout']
+    target_modules: Any = field(default_factory=lambda: list(PAPER_LORA['target_modules']))
     layers_to_transform: list[int] | None = None
 
 
@@ -58,15 +58,6 @@ class TokenizerConfig:
 
 
 @dataclass
-class MarkersConfig:
-    """What stands before the rationale and before the answer."""
-
-    reason: str = '<REASON>'
-    answer: str = '<ANS>'
-    as_tokens: bool = False
-
-
-@dataclass
 class LoaderConfig:
     """Rows from a ``source`` file, or from shards (``local``, ``remote`` or ``streams``)."""
 
@@ -95,7 +86,7 @@ class Config:
     seed: int = 17
     task: Any = MISSING
     max_seq_len: int = 512
-    markers: MarkersConfig = field(default_factory=MarkersConfig)
+    markers: Markers = field(default_factory=Markers)
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     train_loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -214,7 +205,7 @@ def _check_keys(kind: Any, data: Any, where: str) -> None:
     hints = typing.get_type_hints(kind)
     for key, value in data.items():
         if key not in hints:
-            raise UserError(f'{where}{key}: unknown key; {registry.nearest(key, hints)}')
+            raise UserError(f'{where}{key}: unknown key; {nearest(key, sorted(hints))}')
         nested = _nested(hints[key])
         if nested is None:
             continue
@@ -257,14 +248,14 @@ def _check_named(section: str, settings: Any, key: str) -> None:
 def _check_choices(config: DictConfig, path: str | Path) -> None:
     model = config.model
     choices = {
-        'model.head': (model.head, ('mlp', 'linear')),
-        'model.pooling': (model.pooling, ('last', 'mean')),
-        'model.reasoning_targets': (model.reasoning_targets, ('sequence', 'rationale')),
+        'model.head': (model.head, HEADS),
+        'model.pooling': (model.pooling, POOLINGS),
+        'model.reasoning_targets': (model.reasoning_targets, REASONING_TARGETS),
         'train_loader.control': (config.train_loader.control, CONTROLS),
     }
     for key, (value, names) in choices.items():
         if value not in names:
-            raise UserError(f'{path}: {key}: found {value!r}; {registry.nearest(value, names)}')
+            raise UserError(f'{path}: {key}: found {value!r}; {nearest(value, sorted(names))}')
     for name, value in (
         ('global_train_batch_size', config.global_train_batch_size),
         ('device_eval_batch_size', config.device_eval_batch_size),

@@ -1,6 +1,6 @@
 """Which class a name in the YAML stands for, and whether its arguments fit, before anything is built."""
 
-import difflib
+import functools
 import inspect
 import re
 import typing
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from dhrd_plugin.errors import UserError
+from dhrd_plugin.errors import UserError, nearest
 
 # Sections of the YAML whose parts third parties add through llm-foundry's entry points.
 _ENTRY_POINTS = {
@@ -16,13 +16,6 @@ _ENTRY_POINTS = {
     'callbacks': 'llmfoundry_callbacks',
     'loggers': 'llmfoundry_loggers',
 }
-
-
-def nearest(name: Any, names: Iterable[str]) -> str:
-    """``did you mean ...`` or the whole list, to end an error message with."""
-    names = sorted(map(str, names))
-    close = difflib.get_close_matches(str(name), names, n=1)
-    return f'did you mean {close[0]!r}?' if close else f'expected one of {", ".join(names)}'
 
 
 # Classes whose name does not turn into words by its capitals, and names as llm-foundry has them.
@@ -45,6 +38,7 @@ def _name(part: type) -> str:
     return _NAMES.get(part.__name__, words.removesuffix('_scheduler').removesuffix('_logger'))
 
 
+@functools.cache
 def parts(section: str) -> dict[str, Any]:
     """The classes (or entry points of third parties) that a section of the YAML may name.
 
@@ -81,7 +75,7 @@ def parts(section: str) -> dict[str, Any]:
 def _load(section: str, name: str, key: str) -> type:
     known = parts(section)
     if name not in known:
-        raise UserError(f'{key}: unknown name {name!r}; {nearest(name, known)}')
+        raise UserError(f'{key}: unknown name {name!r}; {nearest(name, sorted(known))}')
     part = known[name]
     return part if inspect.isclass(part) else part.load()  # pyright: ignore
 
@@ -115,8 +109,8 @@ def check(section: str, name: str, kwargs: Mapping[str, Any], key: str, given: I
         hints = {}
     for argument, value in kwargs.items():
         if argument not in named and not open_ended:
-            raise UserError(f'{key}.{argument}: unknown key; {nearest(argument, named)}')
-        if argument in hints and not (section != 'scheduler' and argument == 'schedule'):
+            raise UserError(f'{key}.{argument}: unknown key; {nearest(argument, sorted(named))}')
+        if argument in hints:
             try:
                 typeguard.check_type(value, hints[argument])
             except typeguard.TypeCheckError:

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from composer import DataSpec, Evaluator, Time, Trainer
-from composer.core import Callback, State
-from composer.loggers import Logger
+from composer.core import Callback
 from composer.utils import dist, get_device, reproducibility
 from omegaconf import DictConfig, OmegaConf
 from streaming import LocalDataset, Stream, StreamingDataLoader
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dhrd_plugin import registry
 from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss
+from dhrd_plugin.callbacks.progress import TokenCounter
 from dhrd_plugin.cli import run
 from dhrd_plugin.config import as_dict, load_config, named_part, part_settings
 from dhrd_plugin.data.collation import Markers, TripletCollator, triplet_data_spec
@@ -28,9 +28,9 @@ from dhrd_plugin.data.shards import cached_shards
 from dhrd_plugin.data.streaming import MapTriplets, StreamingTripletDataset
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.files import write_json
 from dhrd_plugin.models.build import add_lora, build_causal_lm, build_tokenizer, freeze
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
-from dhrd_plugin.models.export import write_json
 from dhrd_plugin.models.network import DualHeadNetwork
 
 SAMPLE = 'sample/'  # sources of this prefix are the triplets that the package ships
@@ -55,15 +55,17 @@ def train(config: DictConfig) -> Trainer:
     dist.initialize_dist(device, config.dist_timeout)
     with stages('data'):
         # All of them before the model: a bad row of the last file must not cost a model's loading.
-        for loader in _loaders(config).values():
-            _shards(loader, task)
+        folders = {key: shard_source(loader, task) for key, loader in _loaders(config).items()}
     with stages('model'):
         # The heads are drawn at random: seed before they are built, and again inside the Trainer.
         reproducibility.seed_all(config.seed)
         tokenizer = build_tokenizer_from(config)
         model = build_model(config, task, tokenizer)
-    train_loader = build_train_loader(config, task, tokenizer)
-    evaluators = [build_evaluator(config, task, tokenizer, label) for label in _eval_labels(config)]
+    train_loader = build_train_loader(config, task, tokenizer, folders['train_loader'])
+    evaluators = [
+        build_evaluator(config, task, tokenizer, label, folders[f'eval_loaders.{label}'])
+        for label in _eval_labels(config)
+    ]
     counter = TokenCounter()
     trainer = build_trainer(config, model, train_loader, evaluators, counter)
     trainer.logger.log_hyperparameters(as_dict(config))
@@ -123,7 +125,7 @@ def check_limits(config: DictConfig) -> None:
             f'global_train_batch_size: found {config.global_train_batch_size} on {world_size} ranks; '
             'expected a multiple of the number of ranks'
         )
-    on_gpu = config.device != 'cpu' and torch.cuda.is_available()
+    on_gpu = _on_gpu(config)
     if config.precision not in (None, 'fp32') and not on_gpu:
         raise UserError(f'precision: found {config.precision!r} on a CPU; expected fp32 (or leave it out)')
     if config.device_train_microbatch_size == 'auto' and not on_gpu:
@@ -138,7 +140,7 @@ def check_limits(config: DictConfig) -> None:
         ) from None
 
 
-def _shards(loader: Any, task: Task) -> Path | None:
+def shard_source(loader: Any, task: Task) -> Path | None:
     """The folder of shards behind ``source``; written by one rank of each node, found by the others."""
     if not loader.source:
         return None
@@ -168,10 +170,11 @@ def build_collator(
     )
 
 
-def build_train_loader(config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> DataSpec:
-    """Stream the training rows."""
+def build_train_loader(
+    config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase, folder: Path | None
+) -> DataSpec:
+    """Stream the training rows; ``folder`` is that of :func:`shard_source`."""
     loader = config.train_loader
-    folder = _shards(loader, task)
     batch_size = config.global_train_batch_size // dist.get_world_size()
     dataset = StreamingTripletDataset(
         **_where(loader, folder),
@@ -193,18 +196,19 @@ def build_train_loader(config: DictConfig, task: Task, tokenizer: PreTrainedToke
     return triplet_data_spec(dataloader, by_length=True)
 
 
-def open_rows(loader: Any, task: Task, batch_size: int = 1) -> MapTriplets:
-    """The rows of a loader by index, each exactly once."""
-    folder = _shards(loader, task)
+def open_rows(loader: Any, folder: Path | None, batch_size: int = 1) -> MapTriplets:
+    """The rows of a loader by index, each exactly once; ``folder`` is that of :func:`shard_source`."""
     if folder is not None:
         return MapTriplets(LocalDataset(str(folder)))
     return MapTriplets(StreamingTripletDataset(**_where(loader, None), batch_size=batch_size))
 
 
-def build_evaluator(config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase, label: str) -> Evaluator:
+def build_evaluator(
+    config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBase, label: str, folder: Path | None
+) -> Evaluator:
     """Read evaluation rows by index, each exactly once on any number of ranks."""
     loader = config.eval_loaders[label]
-    dataset = open_rows(loader, task, config.device_eval_batch_size)
+    dataset = open_rows(loader, folder, config.device_eval_batch_size)
     dataloader = DataLoader(
         dataset,
         batch_size=config.device_eval_batch_size,
@@ -368,45 +372,6 @@ class Stages:
         self.seconds[self._name] = round(time.monotonic() - self._start, 3)
 
 
-class TokenCounter(Callback):
-    """Counts real tokens and cut rationales, and logs what was cut. Its state is in the checkpoint."""
-
-    def __init__(self) -> None:
-        self.counts = {'tokens': 0, 'rationales_cut': 0, 'rationale_tokens_cut': 0}
-
-    def after_dataloader(self, state: State, logger: Logger) -> None:
-        """Count one batch of this rank."""
-        del logger
-        cut = state.batch.get('rationale_cut')
-        self.counts['tokens'] += int(state.batch['attention_mask'].sum())
-        if cut is not None:
-            self.counts['rationales_cut'] += int((cut > 0).sum())
-            self.counts['rationale_tokens_cut'] += int(cut.sum())
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        """Log the counts of all ranks."""
-        logger.log_metrics({f'dhrd/{name}': value for name, value in self.total(state).items()})
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        """Sum over the ranks, once more."""
-        self.final = self.total(state)
-        logger.log_metrics({f'dhrd/{name}': value for name, value in self.final.items()})
-
-    def total(self, state: State) -> dict[str, int]:
-        """The counts of all ranks together; every rank must call it."""
-        counts = state.device.tensor_to_device(torch.tensor(list(self.counts.values())))
-        dist.all_reduce(counts)
-        return dict(zip(self.counts, counts.tolist()))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The counts."""
-        return dict(self.counts)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.counts.update(state)
-
-
 def say(text: str) -> None:
     """Print on rank 0."""
     if dist.get_global_rank() == 0:
@@ -432,7 +397,7 @@ def finish(config: DictConfig, trainer: Trainer, counter: TokenCounter, seconds:
     """Write ``summary.json`` and say what was reached and what to type next."""
     summary = summarize(config, trainer, counter, seconds)
     path = Path(config.output_dir) / 'summary.json'
-    write_json(summary, path)
+    write_json(path, summary)
     for label, metrics in summary['metrics'].items():
         values = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
         print(f'{label}: {values}')

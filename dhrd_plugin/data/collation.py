@@ -1,5 +1,6 @@
 """From triplets to the batch that the network reads."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.losses import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 REASONING_TARGETS = ('sequence', 'rationale')
 
 
-@dataclass(frozen=True)
+@dataclass
 class Markers:
     """What stands before the rationale and before the answer: ``[x, <REASON>, r, <ANS>, y]``.
 
@@ -75,8 +76,8 @@ class TripletCollator:
 
     Returns (of a call):
         ``input_ids``, ``attention_mask`` [B, S]; ``pool_index``, ``labels`` [B]; and only where a
-        row of the batch asks for it ``reasoning_labels`` [B, S], -100 where unsupervised,
-        ``rationale_cut`` [B], tokens cut, ``weight`` [B] and ``group`` [B].
+        row of the batch asks for it ``reasoning_labels`` [B, S], -100 where unsupervised, and
+        ``rationale_cut`` [B], tokens cut.
 
     Raises:
         UserError: an input longer than ``max_seq_len``, a label outside the set.
@@ -88,7 +89,7 @@ class TripletCollator:
         label_names: Sequence[str],
         max_seq_len: int | None = None,
         reasoning_targets: str = 'sequence',
-        markers: Markers = Markers(),
+        markers: Markers | None = None,
         reasoning: bool = True,
         padding_side: str = 'right',
     ):
@@ -100,7 +101,7 @@ class TripletCollator:
         self.class_index = {name: index for index, name in enumerate(label_names)}
         self.max_seq_len = max_seq_len
         self.reasoning_targets = reasoning_targets
-        self.markers = markers
+        self.markers = markers or Markers()
         self.reasoning = reasoning
         self.padding_side = padding_side
 
@@ -145,7 +146,7 @@ class TripletCollator:
 
     def _encode_row(self, triplet: dict[str, Any], input_ids: list[int], reason: list[int] | None) -> Encoded:
         where = f'row {triplet["id"]}' if triplet.get('id') else 'a row'
-        limit = self.max_seq_len or len(input_ids) + 1_000_000_000
+        limit = self.max_seq_len or sys.maxsize
         if not input_ids:
             raise UserError(f'{where}: input_text: found no token in {triplet["input_text"]!r}; expected text')
         if len(input_ids) > limit:

@@ -8,19 +8,19 @@ with the credentials that each provider's client finds in the environment.
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from dhrd_plugin import files
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.files import replace_folder, write_json
 
-__all__ = ['check_free', 'fetch', 'is_remote', 'is_whole', 'join', 'os_errors', 'publish', 'staged', 'write_json']
+__all__ = ['check_free', 'fetch', 'is_remote', 'is_whole', 'join', 'os_errors', 'publish', 'staged']
 
 INDEX = 'index.json'
 
@@ -66,21 +66,11 @@ def staged(out: str | Path) -> Iterator[Path]:
     It stands beside ``out``, from where ``publish`` can rename it; for an address, in the system's
     temporary folder.
     """
-    if is_remote(out):
-        folder = Path(tempfile.mkdtemp(prefix='dhrd-')) / 'set'
-    else:
-        folder = Path(out).parent / f'.{Path(out).name}.{uuid.uuid4().hex[:8]}.tmp'
-    parent = folder.parent
-    ours = is_remote(out) or not parent.exists()
-    try:
-        with os_errors(out):
-            folder.mkdir(parents=True)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if ours:
-            with suppress(OSError):  # sets stand there
-                parent.rmdir()
+    with os_errors(out), ExitStack() as stack:
+        beside = out
+        if is_remote(out):
+            beside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='dhrd-'))) / 'set'
+        yield stack.enter_context(files.staged(beside))
 
 
 @contextmanager
@@ -106,11 +96,7 @@ def publish(folder: Path, out: str | Path) -> None:
     if is_remote(out):
         _upload(folder, str(out))
         return
-    old = folder.with_suffix('.old')
-    if Path(out).exists():
-        os.rename(out, old)
-    os.rename(folder, out)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(folder, out)
 
 
 def fetch(remote: str, local: Path, timeout: float = 60) -> bool:
@@ -130,11 +116,6 @@ def fetch(remote: str, local: Path, timeout: float = 60) -> bool:
             return False
         raise UserError(f'{remote}: cannot be read: {_line(error)}') from None
     return True
-
-
-def write_json(path: Path, data: object) -> None:
-    """Writes JSON for people: indented, Unicode as it is."""
-    path.write_text(json.dumps(data, ensure_ascii=False, indent=2) + '\n', 'utf-8')
 
 
 def _upload(folder: Path, remote: str) -> None:

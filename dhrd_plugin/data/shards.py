@@ -17,7 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from dhrd_plugin.data.publish import check_free, is_remote, is_whole, publish, staged, write_json
+from dhrd_plugin import files
+from dhrd_plugin.data.publish import check_free, is_remote, is_whole, publish, staged
 from dhrd_plugin.data.rows import MAX_ROW_BYTES, read_hub, source_file
 from dhrd_plugin.data.tasks import BadRow, Task, check_rationale, check_text, check_weight
 from dhrd_plugin.data.triplets import Triplet, apply_control, read_triplets
@@ -149,8 +150,8 @@ def write_set(
         'bytes': sum((shard['zip_data'] or shard['raw_data'])['bytes'] for shard in shards),
         **more(looks),
     }
-    write_json(folder / SUMMARY, summary)
-    write_json(folder / 'index.json', {'version': 2, 'shards': shards})
+    files.write_json(folder / SUMMARY, summary)
+    files.write_json(folder / 'index.json', {'version': 2, 'shards': shards})
     return summary
 
 
@@ -179,7 +180,7 @@ def cached_shards(
         labelled (bool): whether every row must have a label. Default: True.
         control (str): see ``apply_control``. Default: ``ConsistentReasoningLabel``.
         seed (int): of the control's shuffling. Default: 17.
-        cache_dir (str | Path, optional): where the folders stand. Default: ``default_cache()``.
+        cache_dir (str | Path, optional): where the folders stand. Default: ``shards`` in ``files.cache_dir()``.
         max_row_bytes (int): a longer row is an error. Default: 1 MiB.
 
     Returns:
@@ -191,7 +192,7 @@ def cached_shards(
     content = [_digest_source(source, task, split), _digest_source(rationales, task) if rationales else '']
     options = {'task': task.to_dict(), 'labelled': labelled, 'control': control, 'seed': seed}
     key = hashlib.sha256(json.dumps([FORMAT, content, options]).encode()).hexdigest()
-    folder = (Path(cache_dir) if cache_dir else default_cache()).expanduser() / key
+    folder = (Path(cache_dir).expanduser() if cache_dir else files.cache_dir() / 'shards') / key
     if is_whole(folder):
         return folder
     joined: dict[str, int] = {}
@@ -210,11 +211,6 @@ def cached_shards(
             if not is_whole(folder):
                 publish(temporary, folder)
     return folder
-
-
-def default_cache() -> Path:
-    """``$DHRD_CACHE/shards``, or ``~/.cache/dhrd_plugin/shards``."""
-    return Path(os.environ.get('DHRD_CACHE', '~/.cache/dhrd_plugin')).expanduser() / 'shards'
 
 
 def read_summary(folder: str | Path) -> dict[str, Any] | None:

@@ -16,7 +16,6 @@ A field is written as in Python's format strings, nested ones with brackets: ``t
 """
 
 import contextlib
-import difflib
 import json
 import math
 import re
@@ -27,7 +26,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dhrd_plugin.errors import UserError
+from dhrd_plugin.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from dhrd_plugin.data.triplets import Triplet
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ['BadRow', 'Label', 'Task', 'load_task', 'task_names']
 
 TEMPLATES = Path(__file__).parent / 'templates'
+KNOWN = 'known are'
 METRICS = ('accuracy', 'macro_f1', 'f1a', 'em')
 
 
@@ -224,7 +224,7 @@ def load_task(spec: 'str | Path | Mapping[str, Any] | Task') -> Task:
         return load_task(TEMPLATES / f'{spec}.yaml')
     path = Path(spec)
     if path.suffix not in ('.yaml', '.yml'):
-        raise UserError(f'unknown task {str(spec)!r}{_nearest(str(spec), task_names())}')
+        raise UserError(f'unknown task {str(spec)!r}; {nearest(str(spec), task_names(), KNOWN)}')
     return _from_mapping(_read_yaml(path), str(path))
 
 
@@ -403,7 +403,7 @@ def _from_mapping(data: Mapping[str, Any], where: str) -> Task:
 def _check_keys(data: Mapping[str, Any], where: str, kinds: Mapping[str, type]) -> None:
     for key, value in data.items():
         if key not in kinds:
-            raise UserError(f'{where}: unknown key {key!r}{_nearest(str(key), kinds)}')
+            raise UserError(f'{where}: unknown key {key!r}; {nearest(str(key), kinds, KNOWN)}')
         kind = kinds[key]
         if not isinstance(value, tuple | list if kind is list else Mapping if kind is dict else kind):
             raise UserError(f'{where}: {key}: expected {_KIND_NAMES[kind]}, found {_json(value)}')
@@ -455,13 +455,8 @@ def _check_task(task: Task, where: str) -> None:
     for key, names in (('words', task.words), ('may_be_empty', task.may_be_empty)):
         for name in names:
             if name not in prompt_fields:
-                near = _nearest(name, prompt_fields)
-                raise UserError(f'{where}: {key}: the prompt has no field {name!r}{near}')
+                near = nearest(name, prompt_fields, KNOWN)
+                raise UserError(f'{where}: {key}: the prompt has no field {name!r}; {near}')
     for metric in task.metrics:
         if metric not in METRICS:
-            raise UserError(f'{where}: metrics: unknown metric {metric!r}{_nearest(str(metric), METRICS)}')
-
-
-def _nearest(word: str, known: 'Mapping[str, Any] | list[str] | tuple[str, ...]') -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f'; did you mean {near[0]!r}?' if near else f'; known are {", ".join(known)}'
+            raise UserError(f'{where}: metrics: unknown metric {metric!r}; {nearest(str(metric), METRICS, KNOWN)}')

@@ -94,10 +94,7 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
         """Update one metric with a batch's logits."""
         labels = batch['labels'].to(metric.device)
         logits = outputs.to(metric.device)
-        if getattr(metric, 'needs_group', False):
-            metric.update(logits, labels, batch['group'].to(metric.device))
-        else:
-            metric.update(logits, labels)
+        metric.update(logits, labels)
         return {}
 
     def get_metadata(self) -> dict[str, Any]:

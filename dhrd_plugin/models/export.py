@@ -1,7 +1,5 @@
 """Write the slim classifier: backbone and classification head, no LM head, no adapters, no pickle."""
 
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +12,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedConfig
 
+from dhrd_plugin.files import replace_folder, staged
 from dhrd_plugin.models import heads, slim
 from dhrd_plugin.models.build import merged_state, rebuild
 from dhrd_plugin.models.network import DualHeadNetwork
@@ -48,9 +47,7 @@ def write_slim(
         weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
         config.torch_dtype = dtype
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{out.name}.tmp-'))
-    try:
+    with staged(out) as folder:
         _write_tokenizer(metadata, config, folder)
         config.save_pretrained(folder)
         if isinstance(config, slim.SlimClassifierConfig):
@@ -58,10 +55,7 @@ def write_slim(
                 shutil.copy(str(module.__file__), folder)
         contiguous = {name: value.contiguous() for name, value in weights.items()}
         save_torch_state_dict(contiguous, folder, metadata={'format': 'pt'}, force_contiguous=False)
-        folder.chmod(0o755)
         replace_folder(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return out
 
 
@@ -115,21 +109,3 @@ def _write_tokenizer(metadata: Mapping[str, Any], config: PretrainedConfig, fold
         # Without it transformers' pipeline loads no tokenizer for a model type that it does not know.
         config.tokenizer_class = type(tokenizer).__name__
         tokenizer.save_pretrained(folder)
-
-
-def replace_folder(folder: Path, out: Path) -> None:
-    """Put ``folder`` in the place of ``out``; a reader sees the old folder, none, or the new one."""
-    old = out.with_name(f'.{out.name}.old-{os.getpid()}')
-    if out.exists():
-        os.rename(out, old)
-    os.rename(folder, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_json(data: Any, path: str | Path) -> None:
-    """Write JSON atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f'.{path.name}.tmp-{os.getpid()}')
-    scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False) + '\n')
-    os.replace(scratch, path)

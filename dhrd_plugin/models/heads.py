@@ -5,6 +5,9 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+HEADS = ('mlp', 'linear')
+POOLINGS = ('last', 'mean')
+
 
 def last_hidden_state(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Run a decoder without its LM head.
@@ -76,7 +79,7 @@ class ClassificationHead(nn.Module):
         initializer_range: float = 0.02,
     ):
         super().__init__()
-        if kind not in ('mlp', 'linear'):
+        if kind not in HEADS:
             raise ValueError(f"head: found {kind!r}; expected 'mlp' or 'linear'")
         self.kind = kind
         self.dropout = nn.Dropout(dropout)

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import chunked_lm_loss
-from dhrd_plugin.models.heads import ClassificationHead, last_hidden_state, last_real_index, pool
+from dhrd_plugin.models.heads import POOLINGS, ClassificationHead, last_hidden_state, last_real_index, pool
 
 # Models that change the logits after the LM head; the chunked loss would be another model's.
 _LOGIT_TRANSFORMS = ('final_logit_softcapping', 'logit_scale', 'logits_scaling')
@@ -55,7 +55,7 @@ class DualHeadNetwork(nn.Module):
         chunk_size: int = 1024,
     ):
         super().__init__()
-        if pooling not in ('last', 'mean'):
+        if pooling not in POOLINGS:
             raise UserError(f"pooling: found {pooling!r}; expected 'last' or 'mean'")
         check_decoder(causal_lm)
         self.causal_lm = causal_lm

@@ -2,18 +2,12 @@
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.files import cache_dir, staged
 
 PACKAGE_PREFIX = 'package:'
-
-
-def cache_dir() -> Path:
-    """``$DHRD_CACHE``, else ``~/.cache/dhrd_plugin``."""
-    return Path(os.environ.get('DHRD_CACHE', '~/.cache/dhrd_plugin')).expanduser()
 
 
 def resolve(name: str) -> str:
@@ -57,16 +51,12 @@ def _gguf_file(package: str) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f'{target.name}.tmp-'))
-    try:
+    with staged(target) as folder:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
         AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-        folder.chmod(0o755)
-        os.rename(folder, target)
-    except OSError:
-        # Another process finished first; its folder is as good as ours.
-        if not target.is_dir():
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            # Another process finished first; its folder is as good as ours.
+            if not target.is_dir():
+                raise

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from real import COUNTS, CREAK
 from streaming import LocalDataset, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
@@ -16,25 +17,6 @@ from dhrd_plugin.data.prepare import main
 from dhrd_plugin.data.publish import publish
 from dhrd_plugin.data.shards import read_summary, write_triplets
 from dhrd_plugin.errors import UserError
-
-COUNTS = {  # PAPER Table 4, for the splits of the public files
-    'BoolQ': {'validation': 3270},
-    'CB': {'train': 250, 'validation': 56, 'test': 250},
-    'COPA': {'train': 400, 'validation': 100, 'test': 500},
-    'MultiRC': {'train': 27243, 'validation': 4848},
-    'RTE': {'train': 2490, 'validation': 277, 'test': 3000},
-    'WiC': {'train': 5428, 'validation': 638, 'test': 1400},
-    'WSC': {'train': 554, 'validation': 104, 'test': 146},
-}
-CREAK = """
-name: creak
-prompt: |-
-  Claim: {sentence}
-  Is the claim true or false?
-id: ex_id
-labels: [{value: 'false', answer: 'False'}, {value: 'true', answer: 'True'}]
-rationale: explanation
-"""
 
 
 def files(folder):

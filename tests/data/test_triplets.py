@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from real import COUNTS, CREAK
 
 from dhrd_plugin.data.rows import read_rows, source_file
 from dhrd_plugin.data.shards import cached_shards
@@ -21,24 +22,6 @@ ROWS = [
     {'idx': 0, 'premise': 'It rains.', 'hypothesis': 'It is "wet",\nno?', 'label': 'entailment'},
     {'idx': 1, 'premise': 'Ünïcode 😀', 'hypothesis': 'It is dry.', 'label': 'not_entailment'},
 ]
-COUNTS = {  # PAPER Table 4, for the splits of the public files
-    'BoolQ': {'val': 3270},
-    'CB': {'train': 250, 'val': 56, 'test': 250},
-    'COPA': {'train': 400, 'val': 100, 'test': 500},
-    'MultiRC': {'train': 27243, 'val': 4848},
-    'RTE': {'train': 2490, 'val': 277, 'test': 3000},
-    'WiC': {'train': 5428, 'val': 638, 'test': 1400},
-    'WSC': {'train': 554, 'val': 104, 'test': 146},
-}
-CREAK = """
-name: creak
-prompt: |-
-  Claim: {sentence}
-  Is the claim true or false?
-id: ex_id
-labels: [{value: 'false', answer: 'False'}, {value: 'true', answer: 'True'}]
-rationale: explanation
-"""
 
 
 def write_jsonl(path, rows):
