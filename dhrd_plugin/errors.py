@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class RankError(UserError):
+    """A mistake that perhaps one rank alone sees, such as a damaged shard: the one that does tells it."""
+
+
 def nearest(name: object, names: Iterable[object], otherwise: str = 'expected one of') -> str:
     """``did you mean ...?``, or ``otherwise`` and all the names, to end a message with."""
     known = [str(item) for item in names]

@@ -47,8 +47,16 @@ def replace_folder(folder: str | Path, out: str | Path) -> None:
 
 def write_json(path: str | Path, data: Any) -> None:
     """Write JSON for people, indented and with Unicode as it is, in one step."""
+    write_bytes(path, f'{json.dumps(data, ensure_ascii=False, indent=2)}\n'.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file in one step; folders that are missing are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    scratch.write_text(json.dumps(data, ensure_ascii=False, indent=2) + '\n', 'utf-8')
-    os.replace(scratch, path)
+    scratch = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')
+    try:
+        scratch.write_bytes(data)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -17,6 +17,8 @@ _ENTRY_POINTS = {
     'loggers': 'llmfoundry_loggers',
 }
 
+_EXTRAS = ('mlflow', 'tensorboard', 'wandb')  # loggers whose packages are an extra of that name
+
 
 # Classes whose name does not turn into words by its capitals, and names as llm-foundry has them.
 _NAMES = {
@@ -54,8 +56,9 @@ def parts(section: str) -> dict[str, Any]:
 
     from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss
     from dhrd_plugin.callbacks.drop_reasoning_head import DropReasoningHead
+    from dhrd_plugin.callbacks.gradient_comparison import GradientComparison
 
-    ours = {'algorithms': [AuxiliaryReasoningLoss], 'callbacks': [DropReasoningHead]}
+    ours = {'algorithms': [AuxiliaryReasoningLoss], 'callbacks': [DropReasoningHead, GradientComparison]}
     torchs = {'optimizer': [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD]}
     module, base = {
         'algorithms': (composer.algorithms, Algorithm),
@@ -137,5 +140,22 @@ def build(section: str, name: str, kwargs: Mapping[str, Any], key: str, *args: A
         return part(*args, **kwargs)
     except UserError:
         raise
+    except ImportError as error:
+        package = f"'dhrd-plugin[{name}]'" if name in _EXTRAS else error.name or name
+        raise UserError(f'{key}: a package that it needs is not installed; pip install {package}') from error
     except (TypeError, ValueError) as error:
         raise UserError(f'{key}: {" ".join(str(error).split())}') from error
+
+
+def parse_time(text: str, key: str) -> Any:
+    """A :class:`composer.Time` of a time string.
+
+    Raises:
+        UserError: naming the key.
+    """
+    from composer import Time
+
+    try:
+        return Time.from_timestring(text)
+    except ValueError:
+        raise UserError(f"{key}: found {text!r}; expected a Composer time string such as '2ep' or '40ba'") from None

@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -64,6 +65,7 @@ def tiny_lm(kind='llama', tied=False, seed=0, hidden=16):
     modern = {'num_key_value_heads': 1, 'intermediate_size': 24, 'max_position_embeddings': 64}
     config = {
         'llama': lambda: LlamaConfig(**shape, **modern),
+        'mistral': lambda: MistralConfig(**shape, **modern),
         'qwen2': lambda: Qwen2Config(**shape, **modern),
         'qwen3': lambda: Qwen3Config(**shape, **modern, head_dim=8),
         'gpt2': lambda: GPT2Config(**shape, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
@@ -34,16 +33,18 @@ class TokenCounter(Callback):
         self.final = self._log(state, logger)
 
     def _log(self, state: State, logger: Logger) -> dict[str, int]:
-        cuts = state.device.tensor_to_device(torch.tensor(list(self.cuts.values())))
-        dist.all_reduce(cuts)
-        counts = {'tokens': int(state.timestamp.token), **dict(zip(self.cuts, cuts.tolist()))}
+        counts = {'tokens': int(state.timestamp.token), **self._of_all_ranks()}
         logger.log_metrics({f'dhrd/{name}': value for name, value in counts.items()})
         return counts
 
+    def _of_all_ranks(self) -> dict[str, int]:
+        gathered = dist.all_gather_object(self.cuts)
+        return {name: sum(cuts[name] for cuts in gathered) for name in self.cuts}
+
     def state_dict(self) -> dict[str, Any]:
-        """The cuts of this rank."""
-        return dict(self.cuts)
+        """The cuts of all ranks: a checkpoint holds what rank 0 says. Composer asks every rank for its state."""
+        return self._of_all_ranks()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.cuts.update(state)
+        """Go on counting, from the sum on rank 0."""
+        self.cuts = {name: state[name] if dist.get_global_rank() == 0 else 0 for name in self.cuts}

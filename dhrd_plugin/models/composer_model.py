@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from composer.models import HuggingFaceModel
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PreTrainedTokenizerBase
 
+from dhrd_plugin.errors import UserError
+from dhrd_plugin.losses import weighted_mean
+from dhrd_plugin.metrics import ExactMatch, build_metrics
 from dhrd_plugin.models.network import DualHeadNetwork, DualHeadOutput
 
 RETURN_REASONING_LOSS = 'return_reasoning_loss'
@@ -28,7 +30,9 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
         network: the dual-head network.
         tokenizer: stored in checkpoints and exports.
         label_names: the K class names, in the order of the logits. Default: ``LABEL_0`` and so on.
-        metrics: torchmetrics to compute. Default: accuracy and macro-F1.
+        metrics: torchmetrics to compute, shown by the names of their classes. Default: accuracy and
+            macro-F1. :class:`~dhrd_plugin.metrics.ExactMatch` is left out of training, whose batches
+            hold no whole groups; for evaluation it needs a collator with ``groups=True``.
         class_weights: K weights of the cross-entropy. Default: none (ours, not the paper's).
         label_smoothing: of the classification loss. Default: 0 (ours, not the paper's).
         info: plain JSON to store in checkpoints and exports besides: markers, task, LoRA.
@@ -50,11 +54,13 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
             raise ValueError(f'label_names: found {len(self.label_names)} names for {num_labels} classes')
         self.info = dict(info or {})
         self.label_smoothing = label_smoothing
+        metrics = build_metrics(['accuracy', 'macro_f1'], num_labels) if metrics is None else metrics
         super().__init__(
             network,  # pyright: ignore[reportArgumentType]
             tokenizer,  # pyright: ignore[reportArgumentType]
             use_logits=True,
-            metrics=list(metrics) if metrics is not None else default_metrics(num_labels),
+            metrics=[metric for metric in metrics if not isinstance(metric, ExactMatch)],
+            eval_metrics=list(metrics),
             shift_labels=False,
             allow_embedding_resizing=True,
         )
@@ -72,7 +78,7 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
         return self.network(**{key: batch[key] for key in _INPUTS if key in batch})
 
     def loss(self, outputs: DualHeadOutput, batch: Mapping[str, Any]) -> Tensor:  # pyright: ignore
-        """The classification loss (Eq. 2), a mean over the samples."""
+        """The classification loss (Eq. 2), a mean over the samples, weighted where the batch has weights."""
         assert outputs.logits is not None
         losses = F.cross_entropy(
             outputs.logits,
@@ -81,7 +87,7 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
             reduction='none',
             label_smoothing=self.label_smoothing,
         )
-        return losses.mean()
+        return weighted_mean(losses, batch.get('classification_weight'))
 
     def eval_forward(self, batch: Mapping[str, Any], outputs: DualHeadOutput | None = None) -> Tensor:  # pyright: ignore
         """[B, K] logits; never reads the rationale."""
@@ -94,7 +100,12 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
         """Update one metric with a batch's logits."""
         labels = batch['labels'].to(metric.device)
         logits = outputs.to(metric.device)
-        metric.update(logits, labels)
+        if not isinstance(metric, ExactMatch):
+            metric.update(logits, labels)
+            return {}
+        if 'group' not in batch:
+            raise UserError('metrics: ExactMatch found no `group` in the batch; expected TripletCollator(groups=True)')
+        metric.update(logits, labels, batch['group'].to(metric.device))
         return {}
 
     def get_metadata(self) -> dict[str, Any]:
@@ -111,11 +122,3 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
             **self.info,
         }
         return metadata
-
-
-def default_metrics(num_labels: int) -> list[Metric]:
-    """Accuracy and macro-F1, from torchmetrics."""
-    return [
-        MulticlassAccuracy(num_classes=num_labels, average='micro'),
-        MulticlassF1Score(num_classes=num_labels, average='macro'),
-    ]

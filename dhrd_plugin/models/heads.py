@@ -1,6 +1,7 @@
 """The way from token ids to class logits. This file travels with an exported classifier: only torch here."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ HEADS = ('mlp', 'linear')
 POOLINGS = ('last', 'mean')
 
 
-def last_hidden_state(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Run a decoder without its LM head.
+def decoder_inputs(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """Keyword arguments for a decoder without its LM head.
 
     Positions count real tokens, so that left and right padding give the same states also where
     positions are absolute (GPT-2).
@@ -19,14 +20,16 @@ def last_hidden_state(backbone: nn.Module, input_ids: Tensor, attention_mask: Te
         backbone: a Hugging Face decoder, e.g. ``LlamaModel``.
         input_ids: [B, S].
         attention_mask: [B, S], 1 for real tokens.
-
-    Returns:
-        [B, S, H], after the final norm.
     """
-    kwargs = {}
+    kwargs = {'input_ids': input_ids, 'attention_mask': attention_mask, 'use_cache': False}
     if 'position_ids' in inspect.signature(backbone.forward).parameters:
         kwargs['position_ids'] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
+    return kwargs
+
+
+def last_hidden_state(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B, S, H] states of a decoder, after the final norm; arguments as in :func:`decoder_inputs`."""
+    return backbone(**decoder_inputs(backbone, input_ids, attention_mask))[0]
 
 
 def last_real_index(attention_mask: Tensor) -> Tensor:
@@ -48,7 +51,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, pool_index: Tensor, pooling: st
         [B, H].
     """
     if pooling == 'last':
-        return hidden[torch.arange(len(hidden), device=hidden.device), pool_index]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), pool_index]
     columns = torch.arange(hidden.shape[1], device=hidden.device)
     # Selected, not multiplied: a rationale's state must not reach the sum even as 0 * inf.
     span = (attention_mask.bool() & (columns <= pool_index[:, None]))[..., None]

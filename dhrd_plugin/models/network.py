@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import chunked_lm_loss
+from dhrd_plugin.models import padding_free as unpadded
 from dhrd_plugin.models.heads import POOLINGS, ClassificationHead, last_hidden_state, last_real_index, pool
 
 # Models that change the logits after the LM head; the chunked loss would be another model's.
@@ -39,10 +40,12 @@ class DualHeadNetwork(nn.Module):
         pooling: ``'last'`` (last input token, the paper) or ``'mean'`` over the input span.
         dropout: dropout of the classification head.
         chunk_size: supervised tokens whose vocabulary logits are alive at a time.
+        padding_free: run the real tokens of a batch as one sequence; ``None`` does it on a CPU, where the decoder's
+            attention allows it (:func:`~dhrd_plugin.models.padding_free.use_padding_free`). Default: ``False``.
 
     Raises:
-        UserError: an encoder or encoder-decoder, or a model whose logits are not plainly
-            ``lm_head(hidden)``.
+        UserError: an encoder or encoder-decoder, a model whose logits are not plainly ``lm_head(hidden)``,
+            or ``padding_free`` where it cannot be.
     """
 
     def __init__(
@@ -52,7 +55,8 @@ class DualHeadNetwork(nn.Module):
         head: str = 'mlp',
         pooling: str = 'last',
         dropout: float = 0.0,
-        chunk_size: int = 1024,
+        chunk_size: int = 256,
+        padding_free: bool | None = False,
     ):
         super().__init__()
         if pooling not in POOLINGS:
@@ -63,6 +67,7 @@ class DualHeadNetwork(nn.Module):
         self.pooling = pooling
         self.lora: dict[str, Any] | None = None
         self.chunk_size = chunk_size
+        self.padding_free = unpadded.use_padding_free(causal_lm, padding_free)
         self.classifier = ClassificationHead(
             self.config.hidden_size,
             num_labels,
@@ -87,8 +92,15 @@ class DualHeadNetwork(nn.Module):
         return self.classifier.out_proj.out_features
 
     def resize_token_embeddings(self, size: int) -> None:
-        """Grow the vocabulary, for markers that are added tokens."""
-        self.causal_lm.resize_token_embeddings(size)
+        """Grow the vocabulary, for markers that are added tokens; each new row is the mean of those before.
+
+        The mean itself, where transformers draws around it: every rank and every run has the same.
+        """
+        known = len(self.causal_lm.get_input_embeddings().weight)  # pyright: ignore
+        self.causal_lm.resize_token_embeddings(size, mean_resizing=False)
+        with torch.no_grad():
+            for layer in (self.causal_lm.get_input_embeddings(), self.lm_head):
+                layer.weight[known:] = layer.weight[:known].mean(0)  # pyright: ignore
 
     def forward(
         self,
@@ -111,10 +123,10 @@ class DualHeadNetwork(nn.Module):
             pool_index = last_real_index(attention_mask)
         reason = return_reasoning_loss and reasoning_labels is not None
         if not reason:
-            attention_mask = attention_mask * _upto(attention_mask, pool_index)
-        first, last = _real_columns(attention_mask)
+            attention_mask = attention_mask * upto(attention_mask, pool_index)
+        first, last = real_columns(attention_mask)
         input_ids, attention_mask = input_ids[:, first:last], attention_mask[:, first:last]
-        hidden = last_hidden_state(self.backbone, input_ids, attention_mask)
+        hidden = self._last_hidden_state(input_ids, attention_mask)
         logits = self.classifier(pool(hidden, attention_mask, pool_index - first, self.pooling))
         if reason:
             labels = reasoning_labels[:, first:last]  # pyright: ignore
@@ -126,6 +138,11 @@ class DualHeadNetwork(nn.Module):
         if return_reasoning_loss:
             return DualHeadOutput(logits=logits, reasoning_loss=unread.expand(len(logits)))
         return DualHeadOutput(logits=logits + unread if unread.requires_grad else logits)
+
+    def _last_hidden_state(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.padding_free and unpadded.fits(self.config, attention_mask):
+            return unpadded.last_hidden_state(self.backbone, input_ids, attention_mask)
+        return last_hidden_state(self.backbone, input_ids, attention_mask)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer asks which modules FSDP wraps by themselves: the decoder blocks."""
@@ -146,19 +163,36 @@ def check_decoder(causal_lm: PreTrainedModel) -> None:
     name = type(causal_lm).__name__
     if config.is_encoder_decoder or causal_lm.get_output_embeddings() is None:
         raise UserError(f'{name}: expected a decoder-only causal LM with an LM head (AutoModelForCausalLM)')
-    if getattr(config, 'is_decoder', None) is False and config.model_type in ('bert', 'roberta', 'electra'):
-        raise UserError(f'{name}: an encoder reads the rationale when it pools the input; expected a causal LM')
+    check_causal(config, name)
+
+
+def check_causal(config: PretrainedConfig, name: str) -> None:
+    """Refuse a model whose input states see what follows them, or whose LM logits are not plainly linear.
+
+    Args:
+        config: the model's.
+        name: of the model, for the message.
+
+    Raises:
+        UserError: with the reason.
+    """
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, 'is_decoder', False)
+    if encoder or config.is_encoder_decoder or config.model_type == 'xlnet':
+        raise UserError(
+            f'{name}: an encoder reads the rationale when it pools the input, so the label would leak; '
+            'expected a decoder-only causal LM'
+        )
     for key in _LOGIT_TRANSFORMS:
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise UserError(f'{name}: its config sets {key}, which the chunked reasoning loss does not apply')
 
 
-def _upto(attention_mask: Tensor, pool_index: Tensor) -> Tensor:
+def upto(attention_mask: Tensor, pool_index: Tensor) -> Tensor:
     """[B, S] bool, True up to and with ``pool_index`` [B]."""
     return torch.arange(attention_mask.shape[1], device=attention_mask.device) <= pool_index[:, None]
 
 
-def _real_columns(attention_mask: Tensor) -> tuple[int, int]:
+def real_columns(attention_mask: Tensor) -> tuple[int, int]:
     """First and one past the last column in which any row has a real token."""
     columns = attention_mask.any(0).nonzero()
     return int(columns[0]), int(columns[-1]) + 1

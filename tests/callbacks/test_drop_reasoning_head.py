@@ -1,9 +1,17 @@
 """The export at the fit's end leaves the run as it was, and a failed one leaves nothing."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hub_server
 import pytest
 import torch
 from composer import Callback, Trainer
 from composer.models import HuggingFaceModel
+from huggingface_hub import ModelCard
 from tiny import LABELS, tiny_classifier, tiny_lm, tiny_tokenizer, triplets
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
@@ -80,7 +88,7 @@ def test_the_export_changes_no_later_step(tmp_path):
 
 def test_a_failing_write_ends_the_run_and_leaves_nothing(tmp_path):
     (tmp_path / 'file').write_text('not a folder')
-    with pytest.raises(RuntimeError, match=r'rank 0 failed: .*Error'):
+    with pytest.raises(UserError, match=r'file/\.slim.*: Not a directory'):
         build(tiny_classifier(), DropReasoningHead(str(tmp_path / 'file' / 'slim'))).fit()
     assert [path.name for path in tmp_path.iterdir()] == ['file']
 
@@ -95,7 +103,7 @@ def test_a_failing_write_leaves_the_older_export_intact(tmp_path, monkeypatch, s
         raise OSError('No space left on device')
 
     monkeypatch.setattr(f'dhrd_plugin.models.export.{step}', full)
-    with pytest.raises(RuntimeError, match='rank 0 failed: OSError: No space left on device'):
+    with pytest.raises(UserError, match='No space left on device'):
         build(tiny_classifier(head='linear', seed=1), DropReasoningHead(str(out))).fit()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ['slim']
@@ -120,3 +128,97 @@ def test_an_unknown_dtype_or_another_model_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match='found a model of type HuggingFaceModel'):
         trainer.fit()
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_exports_on_the_way_too(tmp_path):
+    out = str(tmp_path / 'slim' / 'ba{batch}')
+    trainer = build(tiny_classifier(head='linear'), DropReasoningHead(out, every='1ba'))
+    trainer.fit(duration='3ba')
+    assert sorted(path.name for path in (tmp_path / 'slim').iterdir()) == ['ba1', 'ba2', 'ba3']
+    weights = {files_of(path)['model.safetensors'] for path in (tmp_path / 'slim').iterdir()}
+    assert len(weights) == 3
+    with pytest.raises(UserError, match=r"drop_reasoning_head.every: found '2 epochs'"):
+        DropReasoningHead(out, every='2 epochs')
+
+
+def test_the_card_tells_metrics_data_and_yaml(tmp_path):
+    model = tiny_classifier(head='linear')
+    model.info |= {'config': 'alpha: 0.5\n', 'data': {'train_loader': 'abc123'}}
+    trainer = build(model, DropReasoningHead(str(tmp_path / 'slim')))
+    trainer.fit()
+    card = (tmp_path / 'slim' / 'README.md').read_text()
+    accuracy = float(trainer.state.eval_metrics['eval']['MulticlassAccuracy'].compute())
+    assert f'| eval | MulticlassAccuracy | {accuracy:.4f} |' in card
+    assert '- train_loader: `abc123`' in card and '```yaml\nalpha: 0.5\n```' in card
+    assert ModelCard(card).data.pipeline_tag == 'text-classification'
+
+
+def test_the_export_is_uploaded(tmp_path, s3):
+    remote = f'{s3.bucket}/exports/{{run_name}}/ba{{batch}}'
+    callback = DropReasoningHead(str(tmp_path / 'slim'), remote=remote)
+    trainer = build(tiny_classifier(), callback, run_name='first')
+    trainer.fit()
+    trainer.close()
+    assert files_of(s3.folder / 'exports' / 'first' / 'ba2') == files_of(tmp_path / 'slim')
+
+
+@pytest.mark.parametrize('remote', ['s3://absent/slim', 'slim'])
+def test_a_remote_that_refuses_is_told_before_training(tmp_path, s3, remote):
+    with pytest.raises(UserError, match=f'drop_reasoning_head.remote: .*{remote}'):
+        build(tiny_classifier(), DropReasoningHead(str(tmp_path / 'slim'), remote=remote)).fit()
+    assert not (tmp_path / 'slim').exists()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the Hugging Face hub, and the token that it takes."""
+    server = hub_server.serve()
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', server.address)
+    monkeypatch.setenv('HF_TOKEN', 'hf_good')
+    yield server
+    server.shutdown()
+
+
+def test_the_export_is_pushed_to_the_hub(tmp_path, hub):
+    build(tiny_classifier(), DropReasoningHead(str(tmp_path / 'slim'), push_to_hub='org/rte', private=True)).fit()
+    assert hub.repos == {'org/rte': files_of(tmp_path / 'slim')}
+    assert hub.private == {'org/rte': True} and 'batch 2' in hub.messages[0]
+    assert not any(b'hf_good' in content for content in files_of(tmp_path / 'slim').values())
+
+
+def test_a_hub_that_refuses_is_told_before_training(tmp_path, hub, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', 'hf_bad')
+    with pytest.raises(UserError, match=r'drop_reasoning_head.push_to_hub: org/rte: cannot be written: .*401') as error:
+        build(tiny_classifier(), DropReasoningHead(str(tmp_path / 'slim'), push_to_hub='org/rte')).fit()
+    assert 'hf_bad' not in str(error.value) and not (tmp_path / 'slim').exists()
+
+
+def test_on_two_ranks_a_failure_of_rank_0_ends_both_and_a_slow_one_neither(tmp_path):
+    """The slow export takes longer than a collective may wait."""
+    script = Path(__file__).with_name('exports.py')
+    command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', str(script), str(tmp_path)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        found = json.loads((tmp_path / f'rank{rank}.json').read_text())
+        assert found == {
+            'full': f'UserError: {tmp_path}/slim/model.safetensors: No space left on device',
+            'broken': "RuntimeError: rank 0 failed: KeyError: 'weight'",
+            'slow': 'done',
+        }
+
+
+def test_a_full_disk_is_told_and_leaves_the_older_export(tmp_path, tmpfs):
+    small_disk = tmpfs(tmp_path / 'disk', '200k')
+    out = small_disk / 'slim'
+    build(tiny_classifier(head='linear'), DropReasoningHead(str(out))).fit()
+    before = files_of(out)
+    (small_disk / 'other').write_bytes(bytes(120_000))
+    with pytest.raises(UserError, match='No space left on device'):
+        build(tiny_classifier(head='linear', seed=1), DropReasoningHead(str(out))).fit()
+    assert files_of(out) == before and sorted(path.name for path in small_disk.iterdir()) == ['other', 'slim']

@@ -1,14 +1,11 @@
 """The slim classifier: what is in the folder, and that it needs nothing of this package."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from composer import Trainer
+from elsewhere import load_elsewhere
 from safetensors import safe_open
 from tiny import LABELS, exact, tiny_classifier, tiny_network, tiny_tokenizer, triplet, triplets
 from torch.utils.data import DataLoader
@@ -61,15 +58,7 @@ def exports(tmp_path_factory):
         batch = TripletCollator(model.tokenizer, LABELS)(ROWS)
         with torch.no_grad():
             expected[name] = {'logits': model.eval_forward(batch), 'loss': model.loss(model(batch), batch)}
-    inputs = {'texts': [row['input_text'] for row in ROWS], 'labels': batch['labels']}
-    torch.save(inputs, root / 'inputs.pt')
-    script = Path(__file__).with_name('load_slim.py')
-    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(root / 'hf'), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [sys.executable, str(script), str(root)], cwd=root, env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root, expected, torch.load(root / 'found.pt', weights_only=True)
+    return root, expected, load_elsewhere(root, [row['input_text'] for row in ROWS], batch['labels'])
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -99,7 +88,7 @@ def test_the_folder_holds_no_lm_head_no_adapters_and_no_pickle(exports, name):
     with safe_open(folder / 'model.safetensors', 'pt') as file:
         keys = list(file.keys())
     assert not [key for key in keys if 'lm_head' in key or 'lora' in key or 'base_layer' in key]
-    assert {path.suffix for path in folder.iterdir()} <= {'.json', '.safetensors', '.py', '.txt', '.jinja'}
+    assert {path.suffix for path in folder.iterdir()} <= {'.json', '.safetensors', '.py', '.txt', '.jinja', '.md'}
     assert not any(path.is_dir() for path in folder.iterdir())
     assert [path.name for path in folder.parent.iterdir()] == ['slim']  # no temporary folder beside it
     assert folder.stat().st_mode & 0o777 == 0o755
@@ -159,3 +148,18 @@ def test_added_markers_and_what_prediction_needs_travel_in_the_config(tmp_path):
     write_slim(model.get_metadata(), network.state_dict(), tmp_path / 'slim')
     config = json.loads((tmp_path / 'slim' / 'config.json').read_text())
     assert config['dhrd'] == {**info, 'task': None} and config['vocab_size'] == len(tokenizer)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_onnx_runtime_gives_the_logits(tmp_path, name):
+    """Of any batch and length, padded or not."""
+    session_of = pytest.importorskip('onnxruntime').InferenceSession
+    model = tiny_classifier(tiny_tokenizer(bos=True), **MODELS[name]).eval()
+    write_slim(model.get_metadata(), model.network.state_dict(), tmp_path / 'slim', onnx=True)
+    session = session_of(str(tmp_path / 'slim' / 'model.onnx'))
+    for rows in (ROWS, ROWS[:1], ROWS[5:8]):
+        batch = TripletCollator(model.tokenizer, LABELS)(rows)
+        inputs = {key: batch[key].numpy() for key in ('input_ids', 'attention_mask')}
+        with torch.no_grad():
+            expected = model.eval_forward(batch)
+        torch.testing.assert_close(torch.from_numpy(session.run(None, inputs)[0]), expected, atol=1e-4, rtol=0)

@@ -169,8 +169,12 @@ def test_markers_as_tokens_grow_the_vocabulary(kind, tied):
     tokenizer, network = tiny_tokenizer(), tiny_network(kind, tied=tied)
     markers = Markers('<why>', '<so>', as_tokens=True)
     markers.add_to(tokenizer)
+    before = [network.backbone.get_input_embeddings().weight.detach().clone(), network.lm_head.weight.detach().clone()]
     network.resize_token_embeddings(len(tokenizer))
     assert network.lm_head.weight.shape[0] == len(tokenizer)
+    for old, layer in zip(before, (network.backbone.get_input_embeddings(), network.lm_head)):
+        assert torch.equal(layer.weight[:-2], old)
+        assert torch.equal(layer.weight[-2:], old.mean(0).expand(2, -1))
     assert (network.lm_head.weight is network.backbone.get_input_embeddings().weight) == tied
     batch = TripletCollator(tokenizer, LABELS, markers=markers)(triplets())
     assert int(batch.pop('labels').numel()) and int(batch['input_ids'].max()) == len(tokenizer) - 1

@@ -1,0 +1,8 @@
+"""The slim classifier out of a checkpoint: ``python scripts/export.py CHECKPOINT OUT``."""
+
+import sys
+
+from dhrd_plugin.export import main
+
+if __name__ == '__main__':
+    sys.exit(main())
