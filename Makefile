@@ -9,7 +9,7 @@ ifeq ($(UV_DEFAULT_INDEX),)
 unexport UV_DEFAULT_INDEX
 endif
 
-.PHONY: install lint test train lock clean
+.PHONY: install lint browser test llmfoundry train lock clean
 
 install: $(VENV)/.installed
 
@@ -25,8 +25,19 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-test: install
+# A headless browser, for the test that opens a comparison's page; where it cannot be had, that test skips.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || test "$$(id -u)" -ne 0 \
+		|| { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; } \
+		|| echo 'no chromium: the test that opens a page will skip'
+
+test: install browser
 	OMP_WAIT_POLICY=passive $(BIN)/pytest
+
+# llm-foundry's own trainer, in an environment of its own.
+llmfoundry: install
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/llmfoundry/check.py
 
 # Idle OpenMP threads sleep: on a shared machine their spinning costs more than their waking up.
 train: install

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss
     from dhrd_plugin.callbacks.drop_reasoning_head import DropReasoningHead
+    from dhrd_plugin.callbacks.gradient_comparison import GradientComparison
     from dhrd_plugin.config import load_config
     from dhrd_plugin.data.collation import TripletCollator
+    from dhrd_plugin.data.rationale_collator import RationaleCollator
     from dhrd_plugin.data.shards import write_triplets
     from dhrd_plugin.data.streaming import StreamingTripletDataset
     from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
     from dhrd_plugin.models.network import DualHeadNetwork
+    from dhrd_plugin.models.surgery import apply_reasoning_head
     from dhrd_plugin.training import train
 
 _WHERE = {
@@ -19,8 +22,11 @@ _WHERE = {
     'ComposerDualHeadClassifier': 'models.composer_model',
     'DropReasoningHead': 'callbacks.drop_reasoning_head',
     'DualHeadNetwork': 'models.network',
+    'GradientComparison': 'callbacks.gradient_comparison',
+    'RationaleCollator': 'data.rationale_collator',
     'StreamingTripletDataset': 'data.streaming',
     'TripletCollator': 'data.collation',
+    'apply_reasoning_head': 'models.surgery',
     'load_config': 'config',
     'train': 'training',
     'write_triplets': 'data.shards',
@@ -31,8 +37,11 @@ __all__ = [
     'ComposerDualHeadClassifier',
     'DropReasoningHead',
     'DualHeadNetwork',
+    'GradientComparison',
+    'RationaleCollator',
     'StreamingTripletDataset',
     'TripletCollator',
+    'apply_reasoning_head',
     'load_config',
     'train',
     'write_triplets',

@@ -1,6 +1,7 @@
 """The typed YAML. What can be known to be wrong from the YAML alone is told here, in one line."""
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,16 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dhrd_plugin import registry
-from dhrd_plugin.data.collation import REASONING_TARGETS, Markers
+from dhrd_plugin.data.collation import REASONING_TARGETS, WEIGHTS, Markers
 from dhrd_plugin.data.triplets import CONTROLS
 from dhrd_plugin.errors import UserError, nearest
 from dhrd_plugin.models.build import PAPER_LORA
 from dhrd_plugin.models.heads import HEADS, POOLINGS
+
+_SECRET = re.compile(
+    r'secret|password|passwd|credential|(api|access|private)_?key|^token$|(auth|access|api|hf|bearer)_?token', re.I
+)
+_CREDENTIALS = re.compile(r'(\w+://)[^/\s@]+@')  # of an address, such as https://user:password@host
 
 
 @dataclass
@@ -42,7 +48,7 @@ class ModelConfig:
     pooling: str = 'last'
     classifier_dropout: float = 0.0
     reasoning_targets: str = 'sequence'
-    chunk_size: int = 1024
+    chunk_size: int = 256
     lora: LoraConfig | None = None
     freeze_backbone: bool = False
     class_weights: list[float] | None = None
@@ -66,6 +72,7 @@ class LoaderConfig:
     rationales: str | None = None
     control: str = 'ConsistentReasoningLabel'
     control_seed: int = 17
+    weights: str | None = None  # of both losses or of the reasoning loss, by the rows' weight (ours)
     cache_dir: str | None = None
     local: str | None = None
     remote: str | None = None
@@ -120,12 +127,19 @@ class Config:
     autoresume: bool = False
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), layers: Mapping[str, Mapping[str, Any]] | None = None
+) -> DictConfig:
     """Read a YAML, apply overrides, and check every key and type of it.
+
+    A YAML may name another as its ``base``, by a path relative to itself: it is merged over that one,
+    which may have a base in turn. Interpolations see the values of all of them and of the overrides.
 
     Args:
         path: the YAML.
         overrides: ``key.sub=value``, as on the command line.
+        layers: sections of a config to merge over the YAML, in this order, before the overrides; each
+            under the name by which errors are told, such as ``arms.dhrd``.
 
     Returns:
         The typed config; interpolations are resolved.
@@ -133,11 +147,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: an unknown key at any depth, a wrong type, a missing value; names the key.
     """
-    given = OmegaConf.merge(_read(path), _parse(overrides))
+    given = _inherit(Path(path))
+    for where, layer in (layers or {}).items():
+        _typed(where, OmegaConf.create(dict(layer)))
+        given = merge(where, given, layer)
+    given = merge(path, given, parse_overrides(overrides))
+    config = _typed(path, given)
     try:
-        data = OmegaConf.to_container(given)
-        _check_keys(Config, data, f'{path}: ')
-        config = OmegaConf.merge(OmegaConf.structured(Config), given)
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise UserError(f'{path}: {error.full_key or "config"}: {_first_line(error)}') from error
@@ -148,9 +164,53 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     return config
 
 
+def partial_config(where: str, **sections: Any) -> DictConfig:
+    """A config of some sections, for a part that another trainer builds; the rest is missing or by default.
+
+    Args:
+        where: what errors begin with, in the place of the YAML's path.
+        **sections: keys of :class:`Config`, as plain data.
+
+    Raises:
+        UserError: as :func:`load_config`.
+    """
+    config = _typed(where, OmegaConf.create(sections))
+    _check_parts(config, where)
+    _check_choices(config, where)
+    return config
+
+
 def as_dict(config: DictConfig) -> dict[str, Any]:
     """The whole config as plain data."""
     return OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportReturnType]
+
+
+def changed(config: DictConfig) -> dict[str, Any]:
+    """The keys of a config, at any depth, that are not as they are by default, as plain data."""
+    return _differing(as_dict(config), OmegaConf.to_container(OmegaConf.structured(Config)))
+
+
+def _differing(values: Mapping[str, Any], defaults: Any) -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            value, default = _differing(value, default), {}
+        if value != default:
+            found[key] = value
+    return found
+
+
+def without_secrets(value: Any) -> Any:
+    """Plain data as it may be logged and written: passwords, keys and tokens give way to ``***``."""
+    if isinstance(value, Mapping):
+        return {
+            key: '***' if item and isinstance(item, str) and _SECRET.search(str(key)) else without_secrets(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    return _CREDENTIALS.sub(r'\1***@', value) if isinstance(value, str) else value
 
 
 def part_settings(config: DictConfig, section: str) -> dict[str, dict[str, Any]]:
@@ -165,21 +225,76 @@ def named_part(config: DictConfig, section: str) -> tuple[str, dict[str, Any]]:
     return kwargs.pop('name'), kwargs
 
 
-def _read(path: str | Path) -> Any:
+def read_yaml(path: str | Path, example: str = 'yamls/rte.yaml') -> Any:
+    """A YAML as it is.
+
+    Args:
+        path: the file.
+        example: a YAML of its kind, to be named where there is no such file.
+
+    Raises:
+        UserError: no file, no YAML, no mapping.
+    """
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
-        raise UserError(f'{path}: no such file; expected a YAML such as yamls/rte.yaml') from None
+        raise UserError(f'{path}: no such file; expected a YAML such as {example}') from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: cannot be read: {error}') from error
     except Exception as error:  # any of yaml's own
         raise UserError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f'{path}: found a list; expected a mapping of keys to values')
+    if {'command', 'parameters'} <= set(loaded):
+        raise UserError(
+            f'{path}: a run of mcli; pass its `parameters`, which the platform writes to /mnt/config/parameters.yaml'
+        )
     return loaded
 
 
-def _parse(overrides: Sequence[str]) -> DictConfig:
+def _inherit(path: Path, above: tuple[Path, ...] = ()) -> Any:
+    """A YAML merged over its ``base``; a wrong key or type is told of the file in which it stands."""
+    data: Any = OmegaConf.to_container(read_yaml(path))
+    base = data.pop('base', None)
+    given = OmegaConf.create(data)
+    _typed(path, given)
+    if base is None:
+        return given
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise UserError(f'{path}: base: found {base!r}; expected the path of a YAML, relative to this one')
+    files = (*above, path.resolve())
+    if (path.parent / base).resolve() in files:
+        raise UserError(f'{path}: base: found {base!r}, which has this file as its base; expected no loop')
+    return merge(path, _inherit(path.parent / base, files), given)
+
+
+def merge(path: str | Path, *configs: Any) -> Any:
+    """Configs over each other, the last on top.
+
+    Args:
+        path: what errors begin with.
+        *configs: of OmegaConf, or plain data.
+
+    Raises:
+        UserError: a key that a typed config does not have, or a wrong type; names the key.
+    """
+    try:
+        return OmegaConf.merge(*configs)
+    except (OmegaConfBaseException, TypeError) as error:  # a list over a mapping is a TypeError
+        raise UserError(f'{path}: {getattr(error, "full_key", "") or "config"}: {_first_line(error)}') from error
+
+
+def _typed(path: str | Path, given: Any) -> Any:
+    _check_keys(Config, OmegaConf.to_container(given), f'{path}: ')
+    return merge(path, OmegaConf.structured(Config), given)
+
+
+def parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    """``key.sub=value`` as on the command line, as a config.
+
+    Raises:
+        UserError: something of another form.
+    """
     for override in overrides:
         if '=' not in override or override.startswith('-'):
             raise UserError(f'{override}: expected an override of the form key=value')
@@ -233,9 +348,9 @@ def _check_parts(config: DictConfig, path: str | Path) -> None:
             registry.check(section, name, kwargs, key)
             if schedule is not None:
                 _check_named('scheduler', schedule, f'{key}.schedule')
-    _check_named('optimizer', as_dict(config)['optimizer'], f'{path}: optimizer')
-    if config.scheduler is not None:
-        _check_named('scheduler', as_dict(config)['scheduler'], f'{path}: scheduler')
+    for section in ('optimizer', 'scheduler'):
+        if not OmegaConf.is_missing(config, section) and config[section] is not None:
+            _check_named(section, as_dict(config)[section], f'{path}: {section}')
 
 
 def _check_named(section: str, settings: Any, key: str) -> None:
@@ -243,6 +358,17 @@ def _check_named(section: str, settings: Any, key: str) -> None:
         raise UserError(f'{key}.name: missing; expected one of {", ".join(registry.parts(section))}')
     kwargs = {name: value for name, value in settings.items() if name != 'name'}
     registry.check(section, settings['name'], kwargs, key, given=('params',))
+
+
+def _check_markers(config: DictConfig, path: str | Path) -> None:
+    # peft trains single rows of an input embedding, and of an LM head tied to it, but of no other LM head: there a
+    # marker's row would stay the mean of all, and no state can give it a loss under log V.
+    frozen = [name for name in ('lora', 'freeze_backbone') if config.model[name]]
+    if config.markers.as_tokens and frozen:
+        raise UserError(
+            f'{path}: markers.as_tokens: found with model.{frozen[0]}, which leaves the new tokens untrained; expected '
+            f'markers.as_tokens=false (plain text) or model.{frozen[0]}={"null" if frozen[0] == "lora" else "false"}'
+        )
 
 
 def _check_choices(config: DictConfig, path: str | Path) -> None:
@@ -253,13 +379,12 @@ def _check_choices(config: DictConfig, path: str | Path) -> None:
         'model.reasoning_targets': (model.reasoning_targets, REASONING_TARGETS),
         'train_loader.control': (config.train_loader.control, CONTROLS),
     }
+    if config.train_loader.weights is not None:
+        choices['train_loader.weights'] = (config.train_loader.weights, WEIGHTS)
     for key, (value, names) in choices.items():
         if value not in names:
             raise UserError(f'{path}: {key}: found {value!r}; {nearest(value, sorted(names))}')
-    for name, value in (
-        ('global_train_batch_size', config.global_train_batch_size),
-        ('device_eval_batch_size', config.device_eval_batch_size),
-        ('max_seq_len', config.max_seq_len),
-    ):
-        if value < 1:
-            raise UserError(f'{path}: {name}: found {value}; expected a positive number')
+    _check_markers(config, path)
+    for name in ('global_train_batch_size', 'device_eval_batch_size', 'max_seq_len'):
+        if not OmegaConf.is_missing(config, name) and config[name] < 1:
+            raise UserError(f'{path}: {name}: found {config[name]}; expected a positive number')

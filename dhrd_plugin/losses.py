@@ -3,9 +3,9 @@
 Nothing here knows of models or of Composer.
 """
 
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -17,55 +17,99 @@ def _upcast(logits: Tensor) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of ``linear(hidden)`` in chunks; never more than one chunk of logits is alive.
+    """Mean cross-entropy of ``linear(hidden)`` for each row of a batch; one chunk of logits is alive at a time.
 
-    The gradient for ``hidden`` is known, up to the factor of each token, as soon as the chunk's
-    logits are, so the forward pass keeps it: a frozen LM head (LoRA) recomputes nothing. Only a
-    trainable head computes its logits a second time, in the backward pass.
+    Both gradients are known, up to the factor of each row, as soon as a chunk's logits are, so the forward
+    pass keeps them and no logits are computed twice. For weight and bias that takes rows of one factor, as a
+    mean over the batch gives them; where rows are weighed, the backward pass computes their logits again.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk_size):  # pyright: ignore
+    def forward(ctx, hidden, weight, bias, targets, rows, counts, chunk_size):  # pyright: ignore
         losses = hidden.new_empty(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        normalizers = torch.empty_like(losses)
-        unit_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets), chunk_size):
-            rows = slice(start, start + chunk_size)
-            logits = _upcast(F.linear(hidden[rows], weight, bias))
-            normalizers[rows] = logits.logsumexp(-1)
-            losses[rows] = normalizers[rows] - logits.gather(1, targets[rows, None]).squeeze(1)
-            if unit_grad is not None:
-                unit_grad[rows] = _logits_grad(logits, normalizers[rows], targets[rows]).to(weight.dtype) @ weight
+        shares = counts.to(losses.dtype).reciprocal()[rows]  # of each token in the mean of its row
+        gradients = _Gradients(hidden, weight, bias, *ctx.needs_input_grad[:3])
+        for chunk, logits in _chunks(hidden, weight, bias, chunk_size):
+            losses[chunk] = _cross_entropy_(logits, targets[chunk])
+            gradients.add(chunk, logits, shares[chunk])
         ctx.chunk_size = chunk_size
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizers, unit_grad)
-        return losses
+        ctx.gradients = gradients  # for one backward pass, which writes over them
+        ctx.save_for_backward(hidden, weight, bias, targets, rows, shares)
+        return losses.new_zeros(counts.shape).index_add(0, rows, losses * shares)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):  # pyright: ignore
-        hidden, weight, bias, targets, normalizers, unit_grad = ctx.saved_tensors
-        _, weight_needs_grad, bias_needs_grad, *_ = ctx.needs_input_grad
-        grad_hidden = None if unit_grad is None else (unit_grad * grad_losses[:, None]).to(hidden.dtype)
-        grad_weight = torch.zeros_like(weight) if weight_needs_grad else None
-        grad_bias = torch.zeros_like(bias) if bias_needs_grad else None
-        if weight_needs_grad or bias_needs_grad:
-            for start in range(0, len(targets), ctx.chunk_size):
-                rows = slice(start, start + ctx.chunk_size)
-                logits = _upcast(F.linear(hidden[rows], weight, bias))
-                grad_logits = _logits_grad(logits, normalizers[rows], targets[rows])
-                grad_logits = grad_logits.mul_(grad_losses[rows, None]).to(weight.dtype)
-                if grad_weight is not None:
-                    grad_weight.addmm_(grad_logits.T, hidden[rows])
-                if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        hidden, weight, bias, targets, rows, shares = ctx.saved_tensors
+        kept, ctx.gradients = ctx.gradients, None
+
+        def add_again(factors: Tensor) -> None:
+            for chunk, logits in _chunks(hidden, weight, bias, ctx.chunk_size):
+                _cross_entropy_(logits, targets[chunk])
+                kept.add(chunk, logits, factors[chunk])
+
+        if kept is None:  # a second pass over a retained graph: as the forward pass did it, to the same bits
+            kept = _Gradients(hidden, weight, bias, *ctx.needs_input_grad[:3])
+            add_again(shares)
+        if not kept.scale(grad_losses, rows):
+            add_again(shares * grad_losses[rows])
+        return *kept.values, None, None, None, None
 
 
-def _logits_grad(logits: Tensor, normalizers: Tensor, targets: Tensor) -> Tensor:
-    """Softmax less one-hot, written over ``logits``."""
-    grad = logits.sub_(normalizers[:, None]).exp_()
-    grad[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return grad
+class _Gradients:
+    """For hidden states, weight and bias, as far as each is asked for, chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *needed: bool):
+        self.hidden, self.weight = hidden, weight
+        self.values = [
+            torch.zeros_like(tensor) if wanted and tensor is not None else None
+            for tensor, wanted in zip((hidden, weight, bias), needed)
+        ]
+
+    def scale(self, factors: Tensor, rows: Tensor) -> bool:
+        """Give each token the factor of its row; ``False`` where weight and bias must be added up anew."""
+        grad_hidden, grad_weight, grad_bias = self.values
+        first = factors[:1].sum()
+        whole = (grad_weight is None and grad_bias is None) or bool((factors == first).all())
+        if grad_hidden is not None and whole:
+            grad_hidden.mul_(factors[rows, None].to(grad_hidden.dtype))
+        for grad in (grad_weight, grad_bias):
+            if grad is not None:
+                grad.mul_(first) if whole else grad.zero_()
+        return whole
+
+    def add(self, chunk: slice, logits_grad: Tensor, factors: Tensor) -> None:
+        """Of the tokens ``chunk``, each by its factor [n]; ``logits_grad`` [n, V] is without it."""
+        grad_hidden, grad_weight, grad_bias = self.values
+        logits_grad, factors = logits_grad.to(self.weight.dtype), factors.to(self.hidden.dtype)[:, None]
+        if grad_hidden is not None:
+            grad_hidden[chunk] = (logits_grad @ self.weight) * factors
+        if grad_weight is not None:  # the narrower of the two takes the factor
+            grad_weight.addmm_(logits_grad.T, self.hidden[chunk] * factors)
+        if grad_bias is not None:
+            grad_bias.addmv_(logits_grad.T, factors[:, 0])
+
+
+def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of so many tokens at a time, in at least fp32, in one buffer: fresh memory costs as much as a pass."""
+    buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
+    for start in range(0, len(hidden), size):
+        chunk = slice(start, min(start + size, len(hidden)))
+        logits = buffer[: chunk.stop - start]
+        if bias is None:
+            torch.mm(hidden[chunk], weight.T, out=logits)
+        else:
+            torch.addmm(bias, hidden[chunk], weight.T, out=logits)
+        yield chunk, _upcast(logits)
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Losses [n]; over ``logits`` [n, V] their gradient is written, softmax less one-hot."""
+    largest, wanted = logits.amax(-1), logits.gather(1, targets[:, None]).squeeze(1)
+    torch.softmax(logits, -1, out=logits)
+    losses = largest - logits.amax(-1).log() - wanted  # the largest probability is at least 1/V: its log is exact
+    logits[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return losses
 
 
 def linear_cross_entropy(
@@ -73,7 +117,7 @@ def linear_cross_entropy(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    chunk_size: int = 1024,
+    chunk_size: int = 256,
 ) -> Tensor:
     """``cross_entropy(hidden @ weight.T + bias, targets, reduction='none')`` without the full logits.
 
@@ -90,13 +134,26 @@ def linear_cross_entropy(
     Returns:
         [N] losses in nats; fp32, or fp64 for fp64 input.
     """
+    tokens = torch.arange(len(targets), device=targets.device)
+    return _row_losses(hidden, weight, bias, targets, tokens, torch.ones_like(tokens), chunk_size)
+
+
+def _row_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor,
+    counts: Tensor,
+    chunk_size: int,
+) -> Tensor:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, chunk_size)  # pyright: ignore
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, rows, counts, chunk_size)  # pyright: ignore
 
 
 def chunked_lm_loss(
@@ -104,7 +161,7 @@ def chunked_lm_loss(
     labels: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int = 256,
 ) -> Tensor:
     """Next-token loss of each sequence, a mean over its supervised tokens (Eq. 1 and 3).
 
@@ -125,9 +182,25 @@ def chunked_lm_loss(
     """
     targets = labels[:, 1:]
     rows, columns = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-    losses = linear_cross_entropy(hidden[rows, columns], weight, bias, targets[rows, columns], chunk_size)
     counts = torch.bincount(rows, minlength=len(labels)).clamp(min=1)
-    return losses.new_zeros(len(labels)).index_add(0, rows, losses) / counts
+    return _row_losses(hidden[rows, columns], weight, bias, targets[rows, columns], rows, counts, chunk_size)
+
+
+def weighted_mean(losses: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``sum(weights * losses) / B``: the mean over the rows, each with its weight (ours, not the paper's).
+
+    Divided by the number of rows, not by the sum of their weights: Composer averages microbatches
+    and ranks by their rows, so the gradient does not depend on how a batch is cut. Weights whose
+    mean is not 1 therefore scale the loss.
+
+    Args:
+        losses: [B], one for each row.
+        weights: [B], >= 0. Default: 1 for each row.
+
+    Returns:
+        A scalar.
+    """
+    return losses.mean() if weights is None else (weights * losses).mean()
 
 
 def combine_losses(classification: Tensor, reasoning: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:

@@ -2,19 +2,23 @@
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from dhrd_plugin.cli import run
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.errors import UserError
-from dhrd_plugin.models.slim import SlimClassifier, SlimClassifierConfig
+from dhrd_plugin.models.load import load_slim
+
+# What a forward pass of a small LM costs on a CPU whatever it holds, in tokens. A GPU waits for its launches instead.
+CPU_PADDING = 64
 
 
 def load_classifier(folder: str | Path) -> tuple[PreTrainedModel, Any]:
@@ -25,12 +29,7 @@ def load_classifier(folder: str | Path) -> tuple[PreTrainedModel, Any]:
     """
     if not (Path(folder) / 'config.json').is_file():
         raise UserError(f'{folder}: no config.json there; expected a folder that DropReasoningHead wrote')
-    kind = json.loads((Path(folder) / 'config.json').read_text()).get('model_type')
-    if kind == SlimClassifierConfig.model_type:
-        model = SlimClassifier.from_pretrained(folder)
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, config=AutoConfig.from_pretrained(folder))
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return load_slim(folder), AutoTokenizer.from_pretrained(folder)
 
 
 @torch.inference_mode()
@@ -41,20 +40,40 @@ def predict(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], batch_
         model: of :func:`load_classifier`.
         tokenizer: likewise.
         texts: N input texts.
-        batch_size: rows to a forward pass.
+        batch_size: rows to a forward pass, at most; on a CPU fewer where they would be padded much.
 
     Returns:
         [N, K] probabilities, fp32.
     """
     encoded = tokenizer(list(texts), verbose=False)['input_ids']
-    order = sorted(range(len(texts)), key=lambda index: len(encoded[index]))
+    padding = CPU_PADDING if model.device.type == 'cpu' else math.inf
     probabilities = torch.zeros(len(texts), model.config.num_labels)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in batches_by_length([len(ids) for ids in encoded], batch_size, padding):
         batch = tokenizer.pad({'input_ids': [encoded[index] for index in rows]}, return_tensors='pt')
         logits = model(batch['input_ids'].to(model.device), batch['attention_mask'].to(model.device)).logits
         probabilities[rows] = logits.float().softmax(-1).cpu()
     return probabilities
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, padding: float) -> Iterator[list[int]]:
+    """Indices of rows, sorted by length and cut into batches.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows to a batch, at most.
+        padding: pad tokens to a batch, at most; more would cost more than the pass that another batch takes.
+    """
+    batch: list[int] = []
+    real = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        longest = lengths[index]
+        if batch and (len(batch) == batch_size or longest * len(batch) - real > padding):
+            yield batch
+            batch, real = [], 0
+        batch.append(index)
+        real += longest
+    if batch:
+        yield batch
 
 
 def read_texts(lines: Iterable[str], task: Task | None, where: str) -> list[str]:

@@ -12,7 +12,7 @@ from dhrd_plugin.cli import run
 from dhrd_plugin.config import load_config
 from dhrd_plugin.data.collation import IGNORE_INDEX, Encoded
 from dhrd_plugin.data.tasks import load_task
-from dhrd_plugin.training import as_plain, build_collator, build_tokenizer_from, check_limits, open_rows, shard_source
+from dhrd_plugin.training import as_plain, build_collator, build_tokenizer_from, check_limits, find_streams, open_rows
 
 LEGEND = 'plain: read only; [pooled]; underlined: supervised as a target of the reasoning head'
 
@@ -34,7 +34,7 @@ def show(config: DictConfig, count: int, console: Console) -> None:
     """Print the first rows of the training set, in the order in which they are stored."""
     check_limits(config)
     task = load_task(as_plain(config.task))
-    rows = open_rows(config.train_loader, shard_source(config.train_loader, task))
+    rows = open_rows(find_streams('train_loader', config.train_loader, task))
     tokenizer = build_tokenizer_from(config)
     collator = build_collator(config, task, tokenizer)
     console.print(LEGEND, style='dim', markup=False)
@@ -58,5 +58,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('yaml')
     parser.add_argument('overrides', nargs='*', metavar='key=value')
     parser.add_argument('--rows', type=int, default=4)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may stand on either side of --rows
     return run(lambda: show(load_config(args.yaml, args.overrides), args.rows, Console(highlight=False)))

@@ -48,10 +48,16 @@ def log_softmax(logits):
     return shifted - shifted.exp().sum().log()
 
 
-def total_loss(network, rows, vocab, label_names, alpha=1.0, beta=1.0, targets='sequence', pooling='last'):
-    """Eq. 4, a mean over the rows."""
-    losses = [row_losses(network, row, vocab, label_names, targets, pooling) for row in rows]
-    return sum(beta * classification + alpha * reasoning for classification, reasoning in losses) / len(rows)
+def total_loss(
+    network, rows, vocab, label_names, alpha=1.0, beta=1.0, targets='sequence', pooling='last', weighted=None
+):
+    """Eq. 4, a mean over the rows; ``weighted``: a row's weight counts in 'both' losses or in 'reasoning'."""
+    total = 0
+    for row in rows:
+        classification, reasoning = row_losses(network, row, vocab, label_names, targets, pooling)
+        total = total + (row['weight'] if weighted == 'both' else 1) * beta * classification
+        total = total + (row['weight'] if weighted else 1) * alpha * reasoning
+    return total / len(rows)
 
 
 def gradients(loss, network):

@@ -44,6 +44,12 @@ def yaml(root):
         ('global_train_batch_size=0', 'global_train_batch_size: found 0; expected a positive number'),
         ('model.head=mpl', "model.head: found 'mpl'; did you mean 'mlp'?"),
         ('train_loader.control=OnlyLabels', "did you mean 'OnlyLabel'?"),
+        ('train_loader.weights=reason', "train_loader.weights: found 'reason'; did you mean 'reasoning'?"),
+        (
+            'markers.as_tokens=true',
+            'markers.as_tokens: found with model.lora, which leaves the new tokens untrained; expected '
+            'markers.as_tokens=false (plain text) or model.lora=null',
+        ),
         ('max_duration', 'max_duration: expected an override of the form key=value'),
     ],
 )
@@ -52,6 +58,13 @@ def test_a_wrong_override_is_told_in_one_line(yaml, override, expected):
         load_config(yaml, [override])
     assert expected in str(error.value)
     assert '\n' not in str(error.value)
+
+
+def test_markers_are_no_tokens_where_embeddings_are_frozen(yaml):
+    overrides = ['markers.as_tokens=true', 'model.lora=null']
+    assert load_config(yaml, overrides).markers.as_tokens
+    with pytest.raises(UserError, match=r'found with model\.freeze_backbone.*or model\.freeze_backbone=false'):
+        load_config(yaml, [*overrides, 'model.freeze_backbone=true'])
 
 
 def test_the_yaml_itself(tmp_path):
@@ -83,3 +96,58 @@ def test_the_command_says_it_without_a_traceback(root, yaml):
     (line,) = [line for line in done.stderr.splitlines() if 'Warning' not in line and not line.startswith(' ')]
     assert line.startswith('error: ')
     assert "algorithms.auxiliary_reasoning_loss.alhpa: unknown key; did you mean 'alpha'?" in line
+
+
+@pytest.fixture
+def chain(yaml, tmp_path):
+    """A YAML over one in another folder, which stands over the shipped one."""
+    (tmp_path / 'low').mkdir()
+    (tmp_path / 'low' / 'middle.yaml').write_text(
+        f'base: {yaml}\nseed: 5\nmodel: {{head: linear}}\n'
+        "variables: {name: middle}\nrun_name: '${variables.name}'\n"
+    )
+    top = tmp_path / 'top.yaml'
+    top.write_text('base: low/middle.yaml\nmodel: {pooling: mean}\nvariables: {name: top}\n')
+    return top
+
+
+def test_a_yaml_is_merged_over_its_base(yaml, chain):
+    config = load_config(chain, ['optimizer.lr=0.5'])
+    below = load_config(yaml)
+    assert (config.model.head, config.model.pooling, config.seed) == ('linear', 'mean', 5)
+    assert config.optimizer.lr == 0.5 and config.optimizer.weight_decay == below.optimizer.weight_decay
+    assert config.train_loader == below.train_loader
+    # Interpolations of a base see what stands over it, and what the command line says.
+    assert config.callbacks.drop_reasoning_head.output_dir == 'runs/top/slim'
+    assert load_config(chain, ['variables.name=x']).output_dir == 'runs/x'
+
+
+@pytest.mark.parametrize(
+    ('middle', 'expected'),
+    [
+        ('base: [1]', "middle.yaml: base: found [1]; expected the path of a YAML, relative to this one"),
+        ('base: none.yaml', "middle.yaml: base: found 'none.yaml'; expected the path of a YAML"),
+        ('base: middle.yaml', "middle.yaml: base: found 'middle.yaml', which has this file as its base"),
+        ('base: ../top.yaml', "middle.yaml: base: found '../top.yaml', which has this file as its base"),
+        ('sede: 1', "middle.yaml: sede: unknown key; did you mean 'seed'?"),
+        ('seed: many', 'middle.yaml: seed: '),
+        ('a: [', 'middle.yaml: not valid YAML'),
+        ('model: [1]', 'middle.yaml: '),
+        ('variables: [1]', 'middle.yaml: '),
+    ],
+)
+def test_a_mistake_in_a_base_names_the_file_in_which_it_stands(chain, middle, expected):
+    (chain.parent / 'low' / 'middle.yaml').write_text(middle)
+    with pytest.raises(UserError) as error:
+        load_config(chain)
+    assert expected in str(error.value) and '\n' not in str(error.value)
+
+
+def test_the_base_is_chosen_by_the_file_alone(chain):
+    with pytest.raises(UserError, match=r'top\.yaml: base: unknown key'):
+        load_config(chain, ['base=other.yaml'])
+
+
+def test_a_list_over_a_mapping_is_told_in_one_line(yaml):
+    with pytest.raises(UserError, match=r'rte.yaml: .*Cannot merge'):
+        load_config(yaml, ['variables.a={b: 1}', 'optimizer=[1]'])

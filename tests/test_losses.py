@@ -55,6 +55,38 @@ def test_gradcheck_with_the_rest_frozen(trained):
     torch.autograd.gradcheck(lambda *a: linear_cross_entropy(*a, targets, 3), (state, weight, bias))
 
 
+class Widest(TorchDispatchMode):
+    """Counts the operations that made a tensor of so many columns."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns, self.count = columns, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += any(isinstance(x, torch.Tensor) and x.shape[-1:] == (self.columns,) for x in tree_leaves(out))
+        return out
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+@pytest.mark.parametrize('factors', ['of one size', 'of all sizes'])
+def test_logits_are_computed_once(frozen, factors):
+    """Where a trained head's rows are weighed, twice; a second backward pass does as the first."""
+    state, weight, _, _ = tensors(24, vocab=53)
+    labels = torch.randint(53, (3, 8))
+    weight.requires_grad_(not frozen)
+    inputs = (state,) if frozen else (state, weight)
+    upstream = torch.full((3,), 0.25).double() if factors == 'of one size' else torch.tensor([1.0, -2.0, 0.0]).double()
+    loss = chunked_lm_loss(state.view(3, 8, -1), labels, weight, chunk_size=5)
+    logits = F.linear(state, weight).view(3, 8, -1)[:, :-1].transpose(1, 2)
+    expected = grads(F.cross_entropy(logits, labels[:, 1:], reduction='none').mean(1), upstream, *inputs)
+    for again in (False, True):
+        with Widest(53) as widest:
+            found = torch.autograd.grad(loss, inputs, upstream, retain_graph=True)
+        assert (widest.count == 0) == (not again and (frozen or factors == 'of one size'))
+        torch.testing.assert_close(found, expected)
+
+
 def test_without_a_gradient_nothing_is_kept():
     with torch.no_grad():
         assert linear_cross_entropy(*tensors()).grad_fn is None

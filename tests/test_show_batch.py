@@ -8,7 +8,7 @@ from dhrd_plugin.show_batch import main
 
 
 def shown(root, capsys, *overrides):
-    assert main([str(root / 'yamls' / 'rte.yaml'), *overrides, '--rows', '3']) == 0
+    assert main([str(root / 'yamls' / 'rte.yaml'), '--rows', '3', *overrides]) == 0
     return re.split(r'\nrow ', re.sub(r'(?<=\S)\n(?=\S)', ' ', capsys.readouterr().out))[1:]
 
 

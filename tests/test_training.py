@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dhrd_plugin import load_config, train, write_triplets
+from dhrd_plugin.config import without_secrets
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.predict import load_classifier, main, predict
+from dhrd_plugin.training import check_fsdp
 
 SMALL = [
     'model.config_overrides={num_hidden_layers: 2}',
@@ -85,6 +87,24 @@ def test_predict_prints_a_label_for_each_text(run, capsys, tmp_path):
     assert 'config.json' in capsys.readouterr().err
 
 
+def test_markers_as_added_tokens_are_trained_and_exported(root, tmp_path):
+    overrides = ['markers.as_tokens=true', 'model.lora=null', 'eval_interval=0ba']
+    trainer = train(small_config(root, tmp_path, *overrides))
+    model = trainer.state.model
+    markers = model.tokenizer.convert_tokens_to_ids(['<REASON>', '<ANS>'])
+    assert markers == [len(model.tokenizer) - 2, len(model.tokenizer) - 1]
+    # Both began as the mean of all rows, so they differ, and differ from it, by what they have learnt.
+    for weight in (model.network.lm_head.weight, model.network.backbone.get_input_embeddings().weight):
+        reason, answer = weight[markers].detach()
+        assert not torch.equal(reason, answer)
+    exported, tokenizer = load_classifier(tmp_path / 'slim')
+    assert tokenizer.convert_tokens_to_ids(['<REASON>', '<ANS>']) == markers
+    loader = trainer.state.train_dataloader
+    row = loader.dataset[0]
+    live = model.eval().eval_forward(loader.collate_fn([row])).detach().softmax(-1)
+    torch.testing.assert_close(predict(exported, tokenizer, [row['input_text']]), live, atol=1e-5, rtol=0)
+
+
 def test_without_the_algorithm_it_is_the_pooled_baseline(root, tmp_path):
     trainer = train(small_config(root, tmp_path, 'algorithms.auxiliary_reasoning_loss=null'))
     assert (tmp_path / 'slim' / 'model.safetensors').is_file()
@@ -140,6 +160,24 @@ def test_training_from_shards(root, tmp_path, kind):
     assert set(trainer.state.total_loss_dict) == set(SERIES[:3])
 
 
+@pytest.mark.parametrize('weights', [None, 'reasoning', 'both'])
+def test_weights_from_the_yaml_and_the_rationales_file(root, sample, tmp_path, weights):
+    """A teacher's rating of 0 leaves the rationale out; the label too, where both losses are weighed."""
+    lines = (sample / 'train.jsonl').read_text().splitlines()[:8]
+    rows = [json.loads(line) for line in lines]
+    (tmp_path / 'train.jsonl').write_text('\n'.join(lines))
+    (tmp_path / 'rated.jsonl').write_text(
+        '\n'.join(json.dumps({'idx': row['idx'], 'rationale': row['rationale'], 'weight': 0}) for row in rows)
+    )
+    overrides = [f'train_loader.source={tmp_path}/train.jsonl', f'train_loader.rationales={tmp_path}/rated.jsonl']
+    overrides += [f'train_loader.weights={weights or "null"}', 'max_duration=1ba', 'eval_interval=0ba']
+    overrides += ['callbacks.drop_reasoning_head=null', 'loggers.in_memory={}']
+    trainer = train(small_config(root, tmp_path, *overrides))
+    (classification,), (reasoning,) = (logged(trainer, f'loss/train/{x}') for x in ('classification', 'reasoning'))
+    assert (classification == 0) == (weights == 'both')
+    assert (reasoning == 0) == (weights is not None)
+
+
 def test_rows_without_rationales_train_the_classification_head_and_say_so(root, tmp_path):
     write_triplets([{'id': str(i), 'input_text': f'Row {i}.', 'label': 'entailment'} for i in range(8)], tmp_path / 'a')
     shards = ['train_loader.source=null', f'train_loader.local={tmp_path}/a']
@@ -189,6 +227,7 @@ def test_real_rte_by_overrides_alone(root, shared, tmp_path):
         (['train_loader.source=absent.jsonl'], 'train_loader.source: no such file: absent.jsonl'),
         (['train_loader.source=null'], 'train_loader: found no rows; expected source, local, remote or streams'),
         (['train_loader.local=x'], 'train_loader: found source and local; expected one of them'),
+        (['eval_loaders.validation.weights=both'], "eval_loaders.validation.weights: found 'both'; only train_loader"),
         (['precision=amp_bf16', 'device=cpu'], "precision: found 'amp_bf16' on a CPU"),
         (['device_train_microbatch_size=auto', 'device=cpu'], "device_train_microbatch_size: found 'auto' on a CPU"),
         (['fsdp_config={sharding_strategy: FULL_SHARD}'], 'fsdp_config: found with one process'),
@@ -202,6 +241,33 @@ def test_what_cannot_work_is_refused_early(root, tmp_path, overrides, expected):
         train(small_config(root, tmp_path, *overrides))
     assert expected in str(error.value)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('on_gpu', 'overrides', 'expected'),
+    [
+        (False, ['fsdp_config={version: 1}'], 'fsdp_config.version: found 1 on a CPU; expected 2'),
+        (True, ['fsdp_config={version: 2}', 'device_train_microbatch_size=auto'], "found 'auto' with FSDP2"),
+        (True, ['fsdp_config={version: 1, use_orig_params: false}'], 'fsdp_config.use_orig_params: found false'),
+        (True, ['fsdp_config={version: 2, sync: true}'], 'fsdp_config.sync: unknown key of FSDP2Config'),
+    ],
+)
+def test_limits_of_fsdp(root, tmp_path, monkeypatch, on_gpu, overrides, expected):
+    monkeypatch.setattr('composer.utils.dist.get_world_size', lambda: 2)
+    with pytest.raises(UserError) as error:
+        check_fsdp(small_config(root, tmp_path, *overrides), on_gpu)
+    assert expected in str(error.value)
+
+
+def test_secrets_are_not_written():
+    settings = {
+        'loggers': {'mlflow': {'tracking_uri': 'https://user:pass@host/api', 'hf_token': 'hf_1', 'experiment': 'rte'}},
+        'tokenizer': {'kwargs': {'pad_token': '<pad>'}, 'list': [{'api_key': 'k', 'aws_secret_access_key': 's'}]},
+    }
+    assert without_secrets(settings) == {
+        'loggers': {'mlflow': {'tracking_uri': 'https://***@host/api', 'hf_token': '***', 'experiment': 'rte'}},
+        'tokenizer': {'kwargs': {'pad_token': '<pad>'}, 'list': [{'api_key': '***', 'aws_secret_access_key': '***'}]},
+    }
 
 
 def test_importing_the_package_loads_neither_torch_nor_composer():

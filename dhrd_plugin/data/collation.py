@@ -1,5 +1,6 @@
 """From triplets to the batch that the network reads."""
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from dhrd_plugin.data.tasks import BadRow, check_weight
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import IGNORE_INDEX
 
 REASONING_TARGETS = ('sequence', 'rationale')
+WEIGHTS = ('both', 'reasoning')
 
 
 @dataclass
@@ -24,7 +27,8 @@ class Markers:
     Attributes:
         reason: text before the rationale.
         answer: text before the verbalised label.
-        as_tokens: add both to the vocabulary as one token each. Default: plain text.
+        as_tokens: add both to the vocabulary as one token each; their embeddings are to be trained, so not
+            with LoRA or a frozen backbone. Default: plain text.
     """
 
     reason: str = '<REASON>'
@@ -73,14 +77,20 @@ class TripletCollator:
         markers: default ``<REASON>`` and ``<ANS>`` as plain text.
         reasoning: ``False`` for evaluation, which never reads a rationale.
         padding_side: ``'right'`` (default) or ``'left'``.
+        groups: emit ``group`` too, for exact match by group. Default: ``False``.
+        weights: which losses the rows' ``weight`` counts in (ours, not the paper's): ``'both'``, or
+            ``'reasoning'``, for a teacher's rating, which says nothing of the label. Default: ``None``,
+            neither. A row without a weight has 1. See :func:`~dhrd_plugin.losses.weighted_mean`.
 
     Returns (of a call):
         ``input_ids``, ``attention_mask`` [B, S]; ``pool_index``, ``labels`` [B]; and only where a
         row of the batch asks for it ``reasoning_labels`` [B, S], -100 where unsupervised, and
-        ``rationale_cut`` [B], tokens cut.
+        ``rationale_cut`` [B], tokens cut. With ``groups`` also ``group`` [B], see :func:`group_index`;
+        with ``weights`` also ``reasoning_weight`` and, for both, ``classification_weight`` [B].
 
     Raises:
-        UserError: an input longer than ``max_seq_len``, a label outside the set.
+        UserError: an input longer than ``max_seq_len``, a label outside the set, a row without a group,
+            a weight that is negative or no number.
     """
 
     def __init__(
@@ -92,9 +102,13 @@ class TripletCollator:
         markers: Markers | None = None,
         reasoning: bool = True,
         padding_side: str = 'right',
+        groups: bool = False,
+        weights: str | None = None,
     ):
         if reasoning_targets not in REASONING_TARGETS:
             raise UserError(f'reasoning_targets: found {reasoning_targets!r}; expected one of {REASONING_TARGETS}')
+        if weights is not None and weights not in WEIGHTS:
+            raise UserError(f'weights: found {weights!r}; expected one of {WEIGHTS}')
         if tokenizer.pad_token_id is None:
             raise UserError('tokenizer: it has no pad token; set tokenizer.pad_token (its eos token will do)')
         self.tokenizer = tokenizer
@@ -104,16 +118,28 @@ class TripletCollator:
         self.markers = markers or Markers()
         self.reasoning = reasoning
         self.padding_side = padding_side
+        self.groups = groups
+        self.weights = weights
 
     def __call__(self, triplets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate a list of triplets."""
-        rows = self.encode(triplets)
+        batch = self.lay_out(self.encode(triplets))
+        batch['labels'] = torch.tensor([self._class(triplet) for triplet in triplets])
+        if self.groups:
+            batch['group'] = torch.tensor([_group(triplet) for triplet in triplets])
+        if self.weights:
+            batch['reasoning_weight'] = torch.tensor([_weight(triplet) for triplet in triplets])
+        if self.weights == 'both':
+            batch['classification_weight'] = batch['reasoning_weight']
+        return batch
+
+    def lay_out(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Pad rows to the longest: what a batch holds of their tokens."""
         length = max(len(row.input_ids) for row in rows)
         batch = {
             'input_ids': self._pad([row.input_ids for row in rows], length, self.tokenizer.pad_token_id),
             'attention_mask': self._pad([[1] * len(row.input_ids) for row in rows], length, 0),
             'pool_index': torch.tensor([self._offset(row, length) + row.input_length - 1 for row in rows]),
-            'labels': torch.tensor([self._class(triplet) for triplet in triplets]),
         }
         if any(row.labels for row in rows):
             batch['reasoning_labels'] = self._pad(
@@ -189,6 +215,24 @@ class TripletCollator:
             start = length - len(row) if self.padding_side == 'left' else 0
             padded[index, start : start + len(row)] = torch.tensor(row)
         return padded
+
+
+def group_index(group: str) -> int:
+    """A number of 63 bits for a group's name, the same in every process."""
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], 'big') >> 1
+
+
+def _group(triplet: dict[str, Any]) -> int:
+    if not triplet.get('group'):
+        raise UserError(f'row {triplet.get("id", "?")}: group: missing; exact match (em) counts rows by their group')
+    return group_index(triplet['group'])
+
+
+def _weight(triplet: dict[str, Any]) -> float:
+    try:
+        return check_weight(triplet.get('weight'), 'weight')
+    except BadRow as error:
+        raise error.at(f'row {triplet.get("id", "?")}') from None
 
 
 def _answer(triplet: dict[str, Any]) -> str:

@@ -23,7 +23,16 @@ CASES = {
     'untied fp64': ({'kind': 'gpt2', 'head': 'linear'}, {'alpha': 0.5, 'beta': 2.0}, True),
     'lora mean': ({'kind': 'qwen3', 'pooling': 'mean', 'lora': True}, {}, False),
     'alpha 0': ({}, {'alpha': 0.0}, False),
+    'weights both': ({'head': 'linear'}, {'alpha': 0.5, 'beta': 2.0}, False),
+    'weights reasoning fp64': ({'kind': 'gpt2'}, {}, True),
 }
+# Where the rows' weights count in those cases; they have one in all cases.
+WEIGHTED = {'weights both': 'both', 'weights reasoning fp64': 'reasoning'}
+WEIGHTS = [0.0, 0.25, 1.0, 3.0, 0.5, 2.0, 0.75, 1.25]
+
+
+def weighted_triplets():
+    return [{**row, 'weight': weight} for row, weight in zip(triplets(8), WEIGHTS)]
 
 
 class GrabGradients(Callback):
@@ -46,11 +55,12 @@ def fit(
     callbacks=(),
     by_length=False,
     reasoning=True,
+    weights=None,
     **options,
 ):
     """Train on batches of 8 rows over all ranks; the trainer, its log and the gradients of each step."""
-    rows = rows or triplets(8)
-    collator = TripletCollator(tiny_tokenizer(), LABELS, reasoning=reasoning)
+    rows = rows or weighted_triplets()
+    collator = TripletCollator(tiny_tokenizer(), LABELS, reasoning=reasoning, weights=weights)
     size = 8 // dist.get_world_size()
     loader = DataLoader(rows, size, sampler=dist.get_sampler(rows, shuffle=False), collate_fn=collator)
     grab, log = GrabGradients(), InMemoryLogger()
@@ -77,7 +87,8 @@ def case_gradients(name: str, microbatch: int, by_length=False):
     model = tiny_classifier(**options)
     if double:
         exact(model)
-    return fit(model, [AuxiliaryReasoningLoss(**weights)], microbatch=microbatch, by_length=by_length)[2]
+    algorithm = AuxiliaryReasoningLoss(**weights)
+    return fit(model, [algorithm], microbatch=microbatch, by_length=by_length, weights=WEIGHTED.get(name))[2]
 
 
 if __name__ == '__main__':

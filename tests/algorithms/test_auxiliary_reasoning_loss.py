@@ -19,6 +19,7 @@ from composer.optim import (
     MultiStepScheduler,
     StepScheduler,
 )
+from stock import stock_classifier
 from tiny import LABELS, VOCAB, exact, relative_error, tiny_classifier, tiny_lm, tiny_tokenizer, triplet, triplets
 
 from dhrd_plugin import AuxiliaryReasoningLoss, TripletCollator
@@ -26,7 +27,7 @@ from dhrd_plugin.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gradients import CASES, case_gradients, fit
+from gradients import CASES, WEIGHTED, case_gradients, fit, weighted_triplets
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -70,7 +71,8 @@ def test_the_gradients_are_the_references(case, one_process):
     if 'fp64' in case:
         exact(model)
     pooling = options.get('pooling', 'last')
-    loss = reference.total_loss(model.network, triplets(8), VOCAB, LABELS, pooling=pooling, **weights)
+    weights = {**weights, 'pooling': pooling, 'weighted': WEIGHTED.get(case)}
+    loss = reference.total_loss(model.network, weighted_triplets(), VOCAB, LABELS, **weights)
     expected = {f'model.{name}': grad for name, grad in reference.gradients(loss, model.network).items()}
     assert relative_error(one_process[case][0], expected) <= tolerance(case)
 
@@ -136,6 +138,20 @@ def test_the_schedule_is_followed_exactly(schedule, expected):
     assert len(series(log, 'loss/train/total')) == 5
 
 
+@pytest.mark.parametrize(('weighted', 'both'), [('reasoning', False), ('both', True)])
+def test_a_row_of_weight_2_counts_twice_and_one_of_weight_0_not_at_all(weighted, both):
+    rows = [{**row, 'weight': weight} for row, weight in zip(triplets(4), (2.0, 1.0, 1.0, 0.0))]
+    _, log, _ = fit(tiny_classifier(), [AuxiliaryReasoningLoss()], rows, batches=1, weights=weighted)
+    losses = [reference.row_losses(tiny_classifier().network, row, VOCAB, LABELS) for row in rows]
+    classification, reasoning = ([float(loss[i]) for loss in losses] for i in (0, 1))
+    twice = [0, 0, 1, 2]
+    expected = sum(classification[i] for i in (twice if both else range(4))) / 4
+    assert series(log, 'loss/train/classification') == pytest.approx([expected], rel=1e-5)
+    assert series(log, 'loss/train/reasoning') == pytest.approx([sum(reasoning[i] for i in twice) / 4], rel=1e-5)
+    total = series(log, 'loss/train/classification')[0] + series(log, 'loss/train/reasoning')[0]
+    assert series(log, 'loss/train/total') == pytest.approx([total], rel=1e-6)
+
+
 def test_one_microbatch_by_hand():
     """BEFORE_FORWARD asks, AFTER_LOSS adds; the caller's batch is left as it was."""
     model = tiny_classifier()
@@ -197,7 +213,15 @@ def test_two_instances_are_refused():
         fit(tiny_classifier(), [AuxiliaryReasoningLoss(), AuxiliaryReasoningLoss(alpha=2.0)])
 
 
-def test_another_model_is_refused():
+def test_weights_of_a_classification_loss_that_takes_none_are_refused():
+    options = {'rows': triplets(8), 'batches': 1}
+    _, log, _ = fit(stock_classifier(), [AuxiliaryReasoningLoss()], weights='reasoning', **options)
+    assert len(series(log, 'loss/train/reasoning')) == 1
+    with pytest.raises(UserError, match=r"weights: found 'both' with a model of type HuggingFaceModel.*'reasoning'$"):
+        fit(stock_classifier(), [AuxiliaryReasoningLoss()], weights='both', **options)
+
+
+def test_a_model_without_classes_is_refused():
     model = HuggingFaceModel(tiny_lm(), tiny_tokenizer())
-    with pytest.raises(UserError, match='found a model of type HuggingFaceModel'):
+    with pytest.raises(UserError, match='label_names: missing; LlamaForCausalLM has no classes'):
         fit(model, [AuxiliaryReasoningLoss()])
