@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from dhrd_plugin.cli import run
-from dhrd_plugin.data.publish import INDEX, fetch, is_remote, join, os_errors
+from dhrd_plugin.data.index import INDEX, check_bytes
+from dhrd_plugin.data.publish import os_errors
+from dhrd_plugin.data.remote import fetch, is_remote, join
 from dhrd_plugin.data.report import Look, Seen, collator, merge, percentiles
 from dhrd_plugin.data.shards import COLUMNS
 from dhrd_plugin.data.triplets import Triplet
@@ -108,7 +110,7 @@ def _read_shard(place: str | Path, entry: dict[str, Any], here: Path) -> list[Tr
     name = (packed or raw)['basename']
     where = str(join(place, name))
     data = _file(place, name, here).read_bytes()
-    _check(data, packed or raw, where)
+    check_bytes(data, packed or raw, where)
     try:
         if packed:
             data = decompress(entry['compression'], data)
@@ -118,7 +120,7 @@ def _read_shard(place: str | Path, entry: dict[str, Any], here: Path) -> list[Tr
         rows = [reader[number] for number in range(len(reader))]
     except Exception as error:  # of many kinds: without hashes anything may come out of damaged bytes
         raise UserError(f'{where}: cannot be read: {type(error).__name__}: {error}') from None
-    _check(data, raw, where)
+    check_bytes(data, raw, where)
     return [cast(Triplet, {name: row[name] for name in COLUMNS} | {'weight': float(row['weight'])}) for row in rows]
 
 
@@ -133,17 +135,6 @@ def _file(place: str | Path, name: str, here: Path) -> Path:
         hint = ', so this is no finished set of shards' if name == INDEX else ', which the index names'
         raise UserError(f'{place}: has no {name}{hint}')
     return path
-
-
-def _check(data: bytes, file: dict[str, Any], where: str) -> None:
-    from streaming.base.hashing import get_hash
-
-    if len(data) != file['bytes']:
-        raise UserError(f'{where}: is damaged: {len(data):,} bytes where the index says {file["bytes"]:,}')
-    for name, expected in file['hashes'].items():
-        found = get_hash(name, data)
-        if found != expected:
-            raise UserError(f'{where}: is damaged: its {name} is {found}, the index says {expected}')
 
 
 # ------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dhrd_plugin.cli import run
-from dhrd_plugin.data.publish import check_free, is_remote, join, os_errors, publish, staged
+from dhrd_plugin.data.publish import check_free, os_errors, publish, staged
+from dhrd_plugin.data.remote import is_remote, join
 from dhrd_plugin.data.report import Look, collator, merge, report
 from dhrd_plugin.data.rows import MAX_ROW_BYTES, SPLITS, splits_in
 from dhrd_plugin.data.shards import HASHES, SHARD_SIZE, write_set
@@ -88,10 +89,11 @@ def prepare(args: argparse.Namespace) -> None:
         for split, out in targets:
             folder = stack.enter_context(staged(out))
             written.append((folder, out, write_split(args, task, split, folder, aside)))
-        for folder, out, _ in written:
-            publish(folder, out)
+        left = {out: publish(folder, out) for folder, out, _ in written}
     for _, out, summary in written:
         print('\n'.join(describe(out, summary)))
+        if left[out]:
+            print(f'  of the replaced set, which runs may still read: {len(left[out]):,} files, {", ".join(left[out])}')
     if aside.count:
         print(f'set aside: {aside.count:,} bad rows, in {args.skip_bad}')
 

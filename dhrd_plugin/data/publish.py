@@ -1,9 +1,4 @@
-"""Sets of shards that appear whole or not at all, in a folder or in object storage.
-
-Object storage is reached as Streaming reaches it: ``s3://`` (``S3_ENDPOINT_URL`` for another server
-than Amazon's), ``gs://``, ``oci://``, ``azure://``, ``azure-dl://``, ``hf://``, ``dbfs:/Volumes`` and so on,
-with the credentials that each provider's client finds in the environment.
-"""
+"""Sets of shards that appear whole or not at all, in a folder or in object storage (see ``remote``)."""
 
 import hashlib
 import json
@@ -13,26 +8,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
 
 from dhrd_plugin import files
+from dhrd_plugin.data.index import INDEX, parse_index, stored_files
+from dhrd_plugin.data.remote import fetch, is_remote, join, one_line, read
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.files import replace_folder, write_json
 
-__all__ = ['check_free', 'fetch', 'is_remote', 'is_whole', 'join', 'os_errors', 'publish', 'staged']
-
-INDEX = 'index.json'
-
-
-def is_remote(place: str | Path) -> bool:
-    """Whether ``place`` is an address such as ``s3://bucket/rte``, and no folder here."""
-    return isinstance(place, str) and urlparse(place).scheme != ''
-
-
-def join(place: str | Path, name: str) -> str | Path:
-    """``name`` under a folder or an address."""
-    return f'{place.rstrip("/")}/{name}' if isinstance(place, str) else place / name
+__all__ = ['check_free', 'is_whole', 'os_errors', 'publish', 'staged']
 
 
 def is_whole(folder: Path) -> bool:
@@ -82,7 +65,7 @@ def os_errors(place: str | Path) -> Iterator[None]:
         raise UserError(f'{error.filename or place}: {error.strerror or error}') from None
 
 
-def publish(folder: Path, out: str | Path) -> None:
+def publish(folder: Path, out: str | Path) -> list[str]:
     """Puts a finished set where it belongs, in one step at the end.
 
     Args:
@@ -90,37 +73,22 @@ def publish(folder: Path, out: str | Path) -> None:
         out (str | Path): a folder, which is renamed into place, or an address: there the shards go
             first, under names of their own, and the index, which replaces an old one, last.
 
+    Returns:
+        list[str]: the shards of a replaced set that stay at an address: runs may still be reading them.
+
     Raises:
         UserError: the upload failed; what was at the address is as it was.
     """
     if is_remote(out):
-        _upload(folder, str(out))
-        return
+        return _upload(folder, str(out))
     replace_folder(folder, out)
+    return []
 
 
-def fetch(remote: str, local: Path, timeout: float = 60) -> bool:
-    """Downloads one file; False where there is none.
-
-    Raises:
-        UserError: the storage cannot be reached or refuses; the error names the address.
-    """
-    from streaming.base.storage.download import CloudDownloader
-
-    try:
-        CloudDownloader.direct_download(remote, str(local), timeout)
-    except Exception as error:  # of many kinds, one for each provider
-        response: Any = getattr(error, 'response', None)
-        code = response.get('Error', {}).get('Code') if isinstance(response, dict) else None
-        if code in ('404', 'NoSuchKey') or 'NotFound' in type(error).__name__:
-            return False
-        raise UserError(f'{remote}: cannot be read: {_line(error)}') from None
-    return True
-
-
-def _upload(folder: Path, remote: str) -> None:
+def _upload(folder: Path, remote: str) -> list[str]:
     from streaming.base.storage.upload import CloudUploader
 
+    replaced = _shards_of(read(str(join(remote, INDEX)), attempts=1), remote)
     shards = _rename_shards(folder)
     others = [path.name for path in folder.iterdir() if path.name not in (*shards, INDEX)]
     try:
@@ -129,7 +97,15 @@ def _upload(folder: Path, remote: str) -> None:
             list(pool.map(uploader.upload_file, [*shards, *others]))
         uploader.upload_file(INDEX)
     except Exception as error:  # of many kinds, one for each provider
-        raise UserError(f'{remote}: cannot be written: {_line(error)}') from None
+        raise UserError(f'{remote}: cannot be written: {one_line(error)}') from None
+    return sorted(replaced.difference(shards))
+
+
+def _shards_of(index: bytes | None, where: str) -> set[str]:
+    try:
+        return {file['basename'] for entry in parse_index(index or b'', where) for file in stored_files(entry)}
+    except UserError:  # none, or not one that says so
+        return set()
 
 
 def _rename_shards(folder: Path) -> list[str]:
@@ -148,7 +124,3 @@ def _rename_shards(folder: Path) -> list[str]:
                 names.append(file['basename'])
     write_json(folder / INDEX, index)
     return names
-
-
-def _line(error: Exception) -> str:
-    return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'

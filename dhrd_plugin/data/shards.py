@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import struct
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dhrd_plugin import files
-from dhrd_plugin.data.publish import check_free, is_remote, is_whole, publish, staged
+from dhrd_plugin.data.publish import check_free, is_whole, publish, staged
+from dhrd_plugin.data.remote import is_remote
 from dhrd_plugin.data.rows import MAX_ROW_BYTES, read_hub, source_file
 from dhrd_plugin.data.tasks import BadRow, Task, check_rationale, check_text, check_weight
 from dhrd_plugin.data.triplets import Triplet, apply_control, read_triplets
@@ -34,6 +36,7 @@ HASHES = ('sha1', 'xxh64')
 SHARD_SIZE = 1 << 24  # 16 Mi
 SUMMARY = 'triplets.json'
 FORMAT = 1  # of the shards and the summary; a change makes every cached set a new one
+_SIZES, _WEIGHT = struct.Struct('=6I').pack, struct.Struct('=d').pack
 
 Look = Callable[[list[Triplet]], Any]
 
@@ -319,6 +322,7 @@ def _write_shard(
 
     part = folder / f'part.{number:05}'
     writer = MDSWriter(columns=COLUMNS, out=str(part), size_limit=None, **options)
+    writer.encode_sample = encode_triplet  # pyright: ignore[reportAttributeAccessIssue]
     for triplet in triplets:
         writer.write(triplet)  # pyright: ignore[reportArgumentType]
     writer.flush_shard()  # not finish(): that writes an index, and may sleep a second over it
@@ -331,6 +335,23 @@ def _write_shard(
                 os.rename(part / name, folder / file['basename'])
     part.rmdir()
     return entry, look(triplets) if look else None
+
+
+def encode_triplet(triplet: Triplet) -> bytes:
+    """The bytes that ``MDSWriter.encode_sample`` gives for the columns of a triplet, in a third of its time.
+
+    Streaming finds out anew for each value how its column is written, and parses the JSON that it has just made; the
+    fields here have been checked. Sizes of what varies, then the columns in the order of their names.
+    """
+    texts = [
+        triplet['answer'].encode(),
+        triplet['group'].encode(),
+        triplet['id'].encode(),
+        triplet['input_text'].encode(),
+        triplet['label'].encode(),
+        json.dumps(triplet['rationale']).encode(),
+    ]
+    return b''.join((_SIZES(*map(len, texts)), *texts, _WEIGHT(triplet['weight'])))
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

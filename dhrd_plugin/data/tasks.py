@@ -91,7 +91,8 @@ class Task:
         may_be_empty (tuple[str, ...]): prompt fields that may hold an empty text. Default: none.
         explode (tuple[str, ...]): ``'name in field'`` clauses, read like Python's ``for``: a row
             becomes one triplet for each item, which the other keys call by its name. Default: none.
-        metrics (tuple[str, ...]): of accuracy, macro_f1, f1a, em. Default: accuracy.
+        metrics (tuple[str, ...]): of accuracy, macro_f1, f1a (F1 of the second of two labels) and em (exact
+            match by group). Default: accuracy.
         hub (dict): ``path`` and ``config`` of the task on the Hugging Face hub, and the keys above
             that differ there. Default: none.
     """
@@ -460,3 +461,7 @@ def _check_task(task: Task, where: str) -> None:
     for metric in task.metrics:
         if metric not in METRICS:
             raise UserError(f'{where}: metrics: unknown metric {metric!r}; {nearest(str(metric), METRICS, KNOWN)}')
+    if 'em' in task.metrics and not task.group:
+        raise UserError(f'{where}: metrics: em, exact match by group, needs the key group')
+    if 'f1a' in task.metrics and len(task.labels) != 2:
+        raise UserError(f'{where}: metrics: f1a needs two labels, the second the positive one; use macro_f1')

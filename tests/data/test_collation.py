@@ -129,6 +129,7 @@ def test_it_pads_to_the_longest_of_the_batch_only():
         ({}, {'max_seq_len': 2}, 'row 7: input_text: found 3 tokens; expected at most max_seq_len=2'),
         ({'input_text': ' '}, {}, "row 7: input_text: found no token in ' '"),
         ({}, {'reasoning_targets': 'all'}, "reasoning_targets: found 'all'; expected one of"),
+        ({}, {'weights': 'all'}, "weights: found 'all'; expected one of"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(row, options, reason):
@@ -142,6 +143,30 @@ def test_a_tokenizer_without_a_pad_token_is_refused():
     tokenizer.pad_token = None
     with pytest.raises(UserError, match='no pad token'):
         collator(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ('weights', 'keys'),
+    [
+        (None, []),
+        ('reasoning', ['reasoning_weight']),
+        ('both', ['classification_weight', 'reasoning_weight']),
+    ],
+)
+def test_weights_are_emitted_only_where_they_are_asked_for(weights, keys):
+    rows = [{**triplet(i), 'weight': weight} for i, weight in enumerate((0.0, 2.5))] + [triplet(2)]
+    del rows[2]['weight']
+    batch = collator(weights=weights)(rows)
+    assert sorted(key for key in batch if 'weight' in key) == keys
+    for key in keys:
+        assert batch[key].tolist() == [0.0, 2.5, 1.0] and batch[key].dtype == torch.float32
+
+
+@pytest.mark.parametrize('weight', [-1.0, float('nan'), float('inf'), '2', True])
+def test_a_weight_that_makes_no_sense_is_refused(weight):
+    with pytest.raises(UserError, match=r'^row 7, field weight: .* belongs$'):
+        collator(weights='both')([{**ROW, 'weight': weight}])
+    collator()([{**ROW, 'weight': weight}])  # nothing reads it
 
 
 @pytest.mark.parametrize('cut', [split, split_by_length])

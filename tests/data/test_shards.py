@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from streaming import LocalDataset, MDSWriter, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
-from dhrd_plugin.data.shards import COLUMNS, cached_shards, check_triplet, is_whole, read_summary, write_triplets
+from dhrd_plugin.data.shards import (
+    COLUMNS,
+    cached_shards,
+    check_triplet,
+    encode_triplet,
+    is_whole,
+    read_summary,
+    write_triplets,
+)
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError
@@ -66,6 +74,19 @@ def test_real_rows_come_back(shared, tmp_path):
     assert summary['labels'] == {'entailment': 1249, 'not_entailment': 1241}
     assert (summary['rows'], summary['without_rationale']) == (2490, 0)
     assert load_task(read_summary(tmp_path / 'rte')['task']) == RTE
+
+
+@pytest.fixture(scope='module')
+def bare_writer(tmp_path_factory):
+    writer = MDSWriter(columns=COLUMNS, out=str(tmp_path_factory.mktemp('bare') / 'set'))
+    yield writer
+    writer.finish()
+
+
+@settings(deadline=None, max_examples=200)
+@given(triplets)
+def test_a_row_has_the_bytes_that_streaming_gives_it(bare_writer, row):
+    assert encode_triplet(row) == bare_writer.encode_sample(row)
 
 
 def test_one_shard_has_the_bytes_of_a_bare_writer(tmp_path):

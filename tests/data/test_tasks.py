@@ -168,6 +168,8 @@ def test_bad_rows_name_the_field(change, message):
         ({'words': {'b': {'x': 'y'}}}, "words: the prompt has no field 'b'"),
         ({'may_be_empty': ['b']}, "may_be_empty: the prompt has no field 'b'"),
         ({'metrics': ['acuracy']}, "metrics: unknown metric 'acuracy'; did you mean 'accuracy'"),
+        ({'metrics': ['em']}, 'metrics: em, exact match by group, needs the key group'),
+        ({'metrics': ['f1a'], 'labels': ['a', 'b', 'c']}, 'metrics: f1a needs two labels'),
         ({'hub': {'pth': 'x'}}, "hub: unknown key 'pth'; did you mean 'path'"),
         ({'hub': {'prompt': '{a!r}'}}, 'hub: prompt: '),
         ({'name': 3}, 'name: expected a text, found 3'),

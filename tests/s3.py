@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import boto3
 import pytest
 
 
@@ -16,12 +17,17 @@ class S3(NamedTuple):
     Attributes:
         endpoint: its address.
         bucket: the address to put things under, such as ``s3://bucket``.
-        folder: where what is put there lies as files.
+        folder: where what is put there lies as files. To be read: the server remembers listings for minutes, and may
+            not see a file that was put there past it.
     """
 
     endpoint: str
     bucket: str
     folder: Path
+
+    def put(self, key: str, content: bytes) -> None:
+        """Store an object in the bucket."""
+        boto3.client('s3', endpoint_url=self.endpoint).put_object(Bucket='bucket', Key=key, Body=content)
 
 
 @pytest.fixture(scope='session')
@@ -29,9 +35,7 @@ def s3(tmp_path_factory):
     """The server; the environment names it and holds the key until the session ends."""
     root = tmp_path_factory.mktemp('s3')
     (root / 'bucket').mkdir()
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        address = f'127.0.0.1:{probe.getsockname()[1]}'
+    address = f'127.0.0.1:{free_port()}'
     program = Path(sys.executable).with_name('rclone')
     command = [program, 'serve', 's3', '--auth-key', 'test-id,test-secret', '--addr', address, root]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -48,6 +52,13 @@ def s3(tmp_path_factory):
         yield S3(f'http://{address}', 's3://bucket', root / 'bucket')
     server.terminate()
     server.wait(30)
+
+
+def free_port() -> int:
+    """One of loopback."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
 
 
 def _wait_for(address: str, server: subprocess.Popen) -> None:
