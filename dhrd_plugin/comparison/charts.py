@@ -1,0 +1,217 @@
+"""Pictures of a comparison, drawn by matplotlib: scores and differences. An arm looks alike in all of them."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dhrd_plugin.comparison.results import Results
+from dhrd_plugin.comparison.statistics import Difference, Estimate, Statistics
+
+__all__ = ['Chart', 'arm_styles', 'add_legend', 'describe', 'draw_differences', 'draw_scores', 'render']
+
+WIDTH = 5.0  # inches: small enough to be read on a phone
+GREY = '#666666'
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart; not their yellow, too pale on white.
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+MARKERS = ('s', '^', 'D', 'v', 'P', 'X', '<', '>')
+# Five of these to six colours and eight markers: thirty arms pass before two look alike.
+DASHES: tuple[Any, ...] = ('-', '--', '-.', (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+STYLE: Any = {
+    'font.family': 'DejaVu Sans',  # comes with matplotlib
+    'font.size': 10,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'text.parse_math': False,  # a name may hold a dollar sign
+    'svg.fonttype': 'none',
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture in both forms.
+
+    Attributes:
+        name: of its file, without suffix; unique in a report.
+        title: a line above it.
+        alt: what it shows, in words.
+        svg: an ``<svg>`` element for a page, its text as text, its ids unlike those of other charts.
+        png: a PNG file.
+    """
+
+    name: str
+    title: str
+    alt: str
+    svg: str
+    png: bytes
+
+
+def render(name: str, title: str, alt: str, figure: Figure) -> Chart:
+    """Save a figure in both forms; the same figure gives the same SVG."""
+    text, image = io.StringIO(), io.BytesIO()
+    with matplotlib.rc_context({**STYLE, 'svg.hashsalt': name}):
+        figure.savefig(text, format='svg', metadata={'Date': None}, transparent=True)
+        figure.savefig(image, format='png', dpi=150)
+    svg = text.getvalue()
+    svg = re.sub(r'<metadata>.*?</metadata>\s*', '', svg[svg.index('<svg') :], flags=re.DOTALL)
+    svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{name}-', svg)
+    return Chart(name, title, alt, svg, image.getvalue())
+
+
+def arm_styles(arms: Sequence[str], baseline: str) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dashes of each arm, for ``plot``: the baseline is grey dots."""
+    others = [arm for arm in arms if arm != baseline]
+    styles = {
+        arm: {
+            'color': COLOURS[index % len(COLOURS)],
+            'marker': MARKERS[index % len(MARKERS)],
+            'linestyle': DASHES[index % len(DASHES)],
+        }
+        for index, arm in enumerate(others)
+    }
+    return {**styles, baseline: {'color': GREY, 'marker': 'o', 'linestyle': '-'}}
+
+
+def new_figure(height: float, **subplots: Any) -> tuple[Figure, Any]:
+    """A figure of the reports' width, and its axes."""
+    figure = Figure(figsize=(WIDTH, height), layout='constrained')
+    return figure, figure.subplots(**subplots)
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """One legend below everything, in room of its own."""
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max((len(label) for label in labels), default=0)
+    columns = max(1, min(len(labels), 56 // (longest + 8)))
+    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
+
+
+def draw_scores(results: Results, statistics: Statistics) -> Chart:
+    """The arms' scores: a radar chart over tasks as the paper's Figure 1.
+
+    A radar with fewer than three axes shows nothing; then, dots with their intervals, grouped by task.
+    """
+    sets = [rows for rows in results.main_sets if rows[0] in statistics.common]
+    arms = [arm for arm in results.arms if arm in statistics.averages]
+    styles = arm_styles(results.arms, results.baseline)
+    values = {arm: [statistics.scores[rows, arm] for rows in sets] for arm in arms}
+    alt = '; '.join(
+        f'{arm}: {", ".join(f"{task} {value.value * 100:.1f}" for (task, _), value in zip(sets, found))}'
+        for arm, found in values.items()
+    )
+    with matplotlib.rc_context(STYLE):
+        if len(sets) >= 3:
+            figure, centre = _draw_radar([task for task, _ in sets], values, styles)
+            title = f'Scores by task, in percent; the centre is {centre:.0f}'
+            return render('scores', title, f'Radar chart of the scores in percent. {alt}.', figure)
+        places = [task for task, _ in sets]
+        if len(sets) > 1:
+            values = {arm: [*found, statistics.averages[arm]] for arm, found in values.items()}
+            places.append('average')
+        figure = _draw_dots(places, values, styles)
+        title = 'Scores by task, in percent, with 95 % intervals'
+        return render('scores', title, f'Dots with intervals. {alt}.', figure)
+
+
+def _draw_radar(
+    tasks: Sequence[str], values: Mapping[str, Sequence[Estimate]], styles: Mapping[str, dict[str, Any]]
+) -> tuple[Figure, float]:
+    figure, axes = new_figure(4.4, subplot_kw={'projection': 'polar'})
+    angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
+    for arm, found in values.items():
+        points = [100 * estimate.value for estimate in found]
+        axes.plot([*angles, angles[0]], [*points, points[0]], label=arm, markersize=5, **styles[arm])
+    lowest = min(100 * estimate.value for found in values.values() for estimate in found)
+    highest = max(100 * estimate.value for found in values.values() for estimate in found)
+    floor, ceiling = max(0, 10 * np.floor((lowest - 5) / 10)), min(100, 10 * np.ceil((highest + 1) / 10))
+    axes.set(theta_offset=np.pi / 2, theta_direction=-1, ylim=(floor, ceiling))
+    axes.set_xticks(angles, tasks)
+    axes.tick_params(axis='x', pad=12)
+    axes.set_yticks(np.arange(floor, ceiling + 1, 10 if ceiling - floor <= 60 else 20))
+    axes.tick_params(axis='y', labelsize=8, labelcolor=GREY)
+    axes.set_rlabel_position(180 / len(tasks))
+    axes.spines['polar'].set_visible(False)
+    axes.grid(color='#dddddd')
+    add_legend(figure, axes)
+    return figure, floor
+
+
+def _draw_dots(
+    places: Sequence[str], values: Mapping[str, Sequence[Estimate]], styles: Mapping[str, dict[str, Any]]
+) -> Figure:
+    figure, axes = new_figure(3.6)
+    for index, (arm, found) in enumerate(values.items()):
+        x = np.arange(len(found)) + 0.7 * ((index + 0.5) / len(values) - 0.5)
+        _draw_intervals(axes, x, found, styles[arm], label=arm)
+    axes.set_xticks(range(len(places)), places)
+    axes.set(ylabel='score in %', xlim=(-0.5, len(places) - 0.5))
+    axes.tick_params(axis='x', length=0)
+    for edge in range(1, len(places)):
+        axes.axvline(edge - 0.5, color='#dddddd', linewidth=0.8)
+    axes.grid(axis='y', color='#eeeeee')
+    axes.set_axisbelow(True)
+    add_legend(figure, axes)
+    return figure
+
+
+def _draw_intervals(axes: Axes, x: Any, found: Sequence[Estimate], style: Mapping[str, Any], label: str) -> None:
+    y = np.array([100 * estimate.value for estimate in found])
+    reach = [[100 * (e.value - e.low) for e in found], [100 * (e.high - e.value) for e in found]]
+    axes.errorbar(
+        x, y, np.maximum(0, reach), fmt=style['marker'], color=style['color'], markersize=5, linewidth=1.5, label=label
+    )
+
+
+def draw_differences(results: Results, statistics: Statistics) -> Chart:
+    """A forest plot: each arm minus the baseline, by task and on average, filled where zero is excluded."""
+    differences: dict[tuple[str, str], Difference] = {
+        (rows[0], arm): value for (rows, arm), value in statistics.differences.items() if rows in results.main_sets
+    }
+    if len(statistics.common) > 1:
+        differences |= {('average', arm): value for arm, value in statistics.average_differences.items()}
+    lines: list[tuple[str, str | None, Difference | None]] = []
+    for (group, arm), value in differences.items():
+        if not lines or lines[-1][0] != group:
+            lines.append((group, None, None))
+        lines.append((group, arm, value))
+    alt = '; '.join(f'{group} {arm} {describe(value)}' for group, arm, value in lines if arm and value)
+    title = f'Difference from {results.baseline}, in points, with 95 % intervals'
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(0.9 + 0.27 * len(lines))
+        axes.axvline(0, color=GREY, linewidth=1)
+        styles = arm_styles(results.arms, results.baseline)
+        for y, (_, arm, value) in enumerate(lines):
+            if arm and value:
+                _draw_line(axes, y, value, styles[arm])
+        axes.set_yticks(range(len(lines)), [arm or group for group, arm, _ in lines])
+        for tick, (_, arm, _) in zip(axes.get_yticklabels(), lines):
+            tick.set_fontweight('normal' if arm else 'bold')
+        axes.set(ylim=(len(lines) - 0.4, -0.6), xlabel=f'points above or below {results.baseline}')
+        axes.tick_params(axis='y', length=0)
+        axes.spines['left'].set_visible(False)
+        axes.grid(axis='x', color='#eeeeee')
+        axes.set_axisbelow(True)
+        return render('differences', title, f'Forest plot. {alt}.', figure)
+
+
+def _draw_line(axes: Axes, y: float, value: Difference, style: Mapping[str, Any]) -> None:
+    low, middle, high = 100 * value.low, 100 * value.value, 100 * value.high
+    filled = value.verdict != 'no difference shown'
+    axes.plot([low, high], [y, y], color=style['color'], linewidth=1.8)
+    face = style['color'] if filled else 'white'
+    axes.plot([middle], [y], style['marker'], color=style['color'], markerfacecolor=face, markersize=6)
+    axes.text(1.02, y, describe(value), transform=axes.get_yaxis_transform(), va='center', fontsize=9)
+
+
+def describe(value: Estimate) -> str:
+    """A difference in points, such as ``+1.2 [+0.4, +2.0]``."""
+    text = f'{100 * value.value:+.1f} [{100 * value.low:+.1f},\N{NO-BREAK SPACE}{100 * value.high:+.1f}]'
+    return text.replace('-', '\N{MINUS SIGN}')

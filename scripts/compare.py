@@ -1,0 +1,8 @@
+"""Arms x tasks x seeds, and a report: ``python scripts/compare.py yamls/compare/superglue.yaml``."""
+
+import sys
+
+from dhrd_plugin.compare import main
+
+if __name__ == '__main__':
+    sys.exit(main())

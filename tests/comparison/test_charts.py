@@ -1,0 +1,49 @@
+"""How arms are told apart in the charts, and how a long series becomes a short one."""
+
+import numpy as np
+import pytest
+from made import ARMS, TASKS, make
+
+from dhrd_plugin.comparison.charts import arm_styles
+from dhrd_plugin.comparison.curves import POINTS, draw_curves, thin
+from dhrd_plugin.comparison.results import read_results
+
+
+def test_an_arm_looks_alike_wherever_it_is_and_unlike_the_others():
+    arms = ['pooled', *(f'arm {i}' for i in range(30))]
+    styles = arm_styles(arms, 'pooled')
+    looks = {(style['color'], str(style['linestyle'])) for style in styles.values()}
+    marks = {(style['color'], style['marker']) for style in styles.values()}
+    assert len(looks) == 31 and len(marks) == 25  # 24 arms pass before a colour meets its mark again
+    assert arm_styles(arms[:4], 'pooled') == {arm: styles[arm] for arm in arms[:4]}
+    assert arm_styles(['arm 0', 'pooled', 'arm 1'], 'pooled') == {
+        arm: styles[arm] for arm in ('arm 0', 'pooled', 'arm 1')
+    }
+
+
+@pytest.mark.parametrize('length', [0, 1, POINTS, POINTS + 1, 1000])
+def test_a_long_series_becomes_means_of_neighbours(length):
+    series = [[step, 2.0 * step] for step in range(length)]
+    found = thin(series)
+    assert len(found) <= POINTS and (length > POINTS or found.tolist() == series)
+    assert np.allclose(found[:, 1], 2 * found[:, 0])
+    assert length == 0 or found[0, 0] < length / POINTS <= POINTS * len(found)
+
+
+def test_what_is_no_number_is_left_out():
+    assert thin([[0, 1.0], [1, float('nan')], [2, None], [3, float('inf')], [4, 5.0]]).tolist() == [[0, 1], [4, 5]]
+
+
+def test_the_baselines_one_loss_stands_beside_the_classification_loss_of_the_others(tmp_path):
+    arms = {arm: ARMS[arm] for arm in ('pooled', 'dhrd_1')}
+    results = read_results(make(tmp_path, tasks={'rte': TASKS['rte']}, arms=arms, seeds=(17, 18)))
+    charts = {chart.title: chart.alt for chart in draw_curves(results)}
+    names = ['Classification loss', 'Reasoning loss', 'alpha, the weight of the reasoning loss']
+    assert [*charts] == [*names, 'dhrd/grad/cosine', 'dhrd/grad/norm_ratio']  # neither what is counted nor what is flat
+    assert all('dhrd_1 from' in alt for alt in charts.values())
+    assert [name for name, alt in charts.items() if 'pooled from' in alt] == ['Classification loss']
+    found = [
+        thin(cell['series']['loss/train/total']) for cell in results.cells(('rte', 'validation'), 'pooled').values()
+    ]
+    first, last = (np.mean([points[end, 1] for points in found]) for end in (0, -1))
+    assert f'rte: pooled from {first:.3g} to {last:.3g}' in charts['Classification loss']

@@ -1,0 +1,231 @@
+"""The statistics of a comparison against scikit-learn, scipy, the package's own metrics and cases made by hand."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from made import SKILL, TASKS, line, make, scores, write
+from scipy.stats import bootstrap
+from sklearn.metrics import accuracy_score, f1_score
+
+from dhrd_plugin.comparison.resampling import cluster, count, measure, resample
+from dhrd_plugin.comparison.results import read_results
+from dhrd_plugin.comparison.statistics import analyse, mcnemar, sample, verdict
+from dhrd_plugin.errors import UserError
+from dhrd_plugin.metrics import build_metrics
+
+SAME = dict.fromkeys(SKILL, 0.8)
+
+
+def rows_of(seed, rows=60, classes=3, groups=None, never=None):
+    """Labels, predictions and groups; a class that is never predicted, if one is asked for."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(classes, size=rows)
+    predictions = np.where(rng.random(rows) < 0.6, labels, rng.integers(classes, size=rows))
+    predictions = np.where(predictions == never, (predictions + 1) % classes, predictions)
+    return labels, predictions, [f'q{i // groups}' for i in range(rows)] if groups else [None] * rows
+
+
+def measured(names, labels, predictions, groups, classes):
+    counts = count(labels, predictions, cluster(groups), classes).sum(0)
+    return {name: float(measure(name, counts)) for name in names}
+
+
+@pytest.mark.parametrize(
+    ('names', 'case'),
+    [
+        (['accuracy', 'macro_f1'], {'seed': 0}),
+        (['accuracy', 'macro_f1'], {'seed': 1, 'never': 2}),
+        (['accuracy', 'macro_f1', 'f1a', 'em'], {'seed': 2, 'classes': 2, 'groups': 4}),
+        (['f1a'], {'seed': 3, 'classes': 2, 'never': 1}),
+        (['macro_f1'], {'seed': 4, 'rows': 3, 'classes': 5}),
+    ],
+)
+def test_a_metric_of_all_rows_is_the_packages_own_and_scikit_learns(names, case):
+    labels, predictions, groups = rows_of(**case)
+    classes = case.get('classes', 3)
+    found = measured(names, labels, predictions, groups, classes)
+    expected = scores(names, labels, predictions, groups)
+    assert found == pytest.approx({name: expected[name] for name in names})
+    for name, metric in zip(names, build_metrics(names, classes)):
+        logits = torch.nn.functional.one_hot(torch.tensor(predictions), classes).float()
+        more = (torch.tensor(cluster(groups)),) if name == 'em' else ()
+        metric.update(logits, torch.tensor(labels), *more)
+        assert found[name] == pytest.approx(float(metric.compute()), abs=1e-6)
+
+
+@pytest.mark.parametrize('groups', [None, 4])
+def test_a_resample_scores_as_the_rows_that_it_drew(groups):
+    labels, predictions, names = rows_of(5, classes=2, groups=groups)
+    clusters = cluster(names)
+    counts = count(labels, predictions, clusters, 2)
+    sums = resample(counts, 50, np.random.default_rng(3))
+    size = len(counts)
+    drawn = np.random.default_rng(3).integers(size, size=(50, size))
+    for row, picks in zip(sums, drawn):
+        rows = np.concatenate([np.flatnonzero(clusters == pick) for pick in picks])
+        assert measure('accuracy', row) == pytest.approx(accuracy_score(labels[rows], predictions[rows]))
+        assert measure('f1a', row) == pytest.approx(f1_score(labels[rows], predictions[rows], zero_division=0))
+        expected = f1_score(labels[rows], predictions[rows], average='macro', zero_division=0)
+        assert measure('macro_f1', row) == pytest.approx(expected)
+        whole = [(labels == predictions)[clusters == pick].all() for pick in picks]
+        assert measure('em', row) == pytest.approx(np.mean(whole))
+
+
+def test_resamples_come_in_blocks_without_a_seam(monkeypatch):
+    counts = np.random.default_rng(0).integers(9, size=(40, 3)).astype(float)
+    whole = resample(counts, 100, np.random.default_rng(1))
+    monkeypatch.setattr('dhrd_plugin.comparison.resampling.BLOCK', 7 * 40)
+    assert np.array_equal(resample(counts, 100, np.random.default_rng(1)), whole)
+
+
+def test_intervals_over_rows_are_those_of_scipy(tmp_path):
+    labels, base, _ = rows_of(6, rows=200, classes=2)
+    _, other, _ = rows_of(7, rows=200, classes=2)
+    arm = np.where(np.arange(200) < 120, base, other)
+    lines = [line('a', name, 1, labels.tolist(), p.tolist()) for name, p in (('pooled', base), ('arm', arm))]
+    found = analyse(read_results(write(tmp_path, lines)))
+    difference = found.average_differences['arm']
+    right, right_base = labels == arm, labels == base
+    assert difference.value == pytest.approx(right.mean() - right_base.mean())
+    data = ((right * 1.0 - right_base,), {'n_resamples': 20000, 'method': 'percentile', 'rng': 0})
+    expected = bootstrap(data[0], np.mean, **data[1]).confidence_interval
+    assert (difference.low, difference.high) == pytest.approx(expected, abs=0.008)  # one or two rows in 200
+    assert difference.seeds == 1
+
+
+def test_an_interval_over_seeds_has_the_spread_of_their_mean(tmp_path):
+    """Every row alike within a run: nothing varies but the seeds, whose standard error is known."""
+    values = {1: 1, 2: 0, 3: 1, 4: 1, 5: 0, 6: 1}
+    lines = [line('a', 'pooled', seed, [0] * 5, [1 - value] * 5) for seed, value in values.items()]
+    lines += [line('a', 'arm', seed, [0] * 5, [0] * 5) for seed in values]
+    results = read_results(write(tmp_path, lines))
+    _, drawn = sample(results, ('a', 'validation'), 20000).mean('pooled', [*values])
+    expected = np.std([*values.values()], ddof=1) / len(values) ** 0.5
+    assert drawn.std() == pytest.approx(expected, rel=0.02)
+
+
+def test_a_real_gain_and_a_loss_are_found_and_no_more(tmp_path):
+    found = analyse(read_results(make(tmp_path)))
+    verdicts = {arm: value.verdict for arm, value in found.average_differences.items()}
+    assert verdicts == {
+        'dhrd_0.3': 'gain',
+        'dhrd_1': 'no difference shown',
+        'dhrd_1_to_0': 'no difference shown',
+        'shuffled_0.3': 'loss',
+    }
+    for arm, value in found.average_differences.items():
+        assert value.value == pytest.approx(found.averages[arm].value - found.averages['pooled'].value)
+        expected = found.averages[arm].value / found.averages['pooled'].value - 1
+        assert found.relative[arm].value == pytest.approx(expected)
+        assert found.relative[arm].low < expected < found.relative[arm].high
+        assert (found.relative[arm].low > 0) == (value.verdict == 'gain')
+    assert analyse(read_results(tmp_path)) == found  # seeded
+
+
+def test_an_arm_that_predicts_alike_differs_by_nothing(tmp_path):
+    """Both arms see the same draws of rows and seeds, so not one resample differs."""
+    lines = []
+    for task, groups in (('a', 4), ('b', None)):
+        for seed in (1, 2, 3):
+            labels, _, names = rows_of(0, classes=2, groups=groups)
+            _, found, _ = rows_of(seed, classes=2)
+            more = {'groups': names, 'metrics': ['f1a', 'em'] if groups else ['accuracy']}
+            lines += [line(task, arm, seed, labels.tolist(), found.tolist(), **more) for arm in ('pooled', 'arm')]
+    found = analyse(read_results(write(tmp_path, lines)))
+    assert len(found.differences) == 2
+    for value in (*found.differences.values(), found.average_differences['arm'], found.relative['arm']):
+        assert (value.value, value.low, value.high, value.seeds) == (0, 0, 0, 3)
+    assert found.averages['arm'].high - found.averages['arm'].low > 0.1
+    assert all((test.baseline_only, test.arm_only, test.p) == (0, 0, 1) for test in found.tests.values())
+
+
+def test_no_effect_is_seldom_taken_for_one(tmp_path):
+    """40 comparisons of five equal arms, whose seeds differ as little as the rows make them: few of 160 may err."""
+    task = {'rte': TASKS['rte']}
+    found = []
+    for number in range(40):
+        seeds = (3 * number, 3 * number + 1, 3 * number + 2)
+        results = read_results(make(tmp_path, skill=SAME, tasks=task, seeds=seeds))
+        found += [value.verdict for value in analyse(results, 500).average_differences.values()]
+    assert len(found) == 160
+    wrong = sum(verdict != 'no difference shown' for verdict in found)
+    assert wrong <= 0.1 * len(found)
+
+
+@pytest.mark.parametrize(
+    ('low', 'high', 'expected'),
+    [
+        (0.001, 0.2, 'gain'),
+        (-0.2, -0.001, 'loss'),
+        (-0.1, 0.3, 'no difference shown'),
+        (0.0, 0.3, 'no difference shown'),
+        (-0.3, 0.0, 'no difference shown'),
+        (0.0, 0.0, 'no difference shown'),
+        (float('nan'), float('nan'), 'no difference shown'),
+    ],
+)
+def test_a_verdict_wants_an_interval_without_zero(low, high, expected):
+    assert verdict(low, high) == expected
+
+
+def test_questions_are_drawn_whole(tmp_path):
+    """Eight answers to a question stand or fall together: the interval is as wide as that of so many questions."""
+    rng = np.random.default_rng(0)
+    right, widths = np.repeat(rng.random(40) < 0.6, 8), []
+    labels = [i % 2 for i in range(320)]
+    predictions = [label if ok else 1 - label for label, ok in zip(labels, right)]
+    for groups in ([f'q{i // 8}' for i in range(320)], None):
+        lines = [line('a', 'pooled', 1, labels, predictions, groups=groups)]
+        (score,) = analyse(read_results(write(tmp_path, lines))).scores.values()
+        widths.append(score.high - score.low)
+    assert widths[0] / widths[1] == pytest.approx(8**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ('baseline', 'arm', 'expected'),
+    [
+        ([1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], (0, 0, 1.0)),
+        ([0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 0], (1, 5, 2 * 7 / 64)),  # 2 (C(6, 0) + C(6, 1)) / 2^6
+        ([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], (5, 0, 2 / 32)),
+    ],
+)
+def test_mcnemar_by_hand(baseline, arm, expected):
+    found = mcnemar([1] * 6, baseline, arm)
+    assert (found.baseline_only, found.arm_only, found.p) == pytest.approx(expected)
+
+
+def test_a_partial_comparison_averages_what_all_arms_have(tmp_path):
+    gone = [('rte', 'dhrd_1', seed) for seed in (17, 18, 19)] + [('cb', 'pooled', 17)]
+    results = read_results(make(tmp_path, leave_out=gone))
+    found = analyse(results)
+    assert sorted(results.missing) == sorted(gone) and not results.extra
+    assert found.common == ['cb', 'multirc']
+    cb = ('cb', 'validation')
+    assert found.scores[cb, 'pooled'].seeds == found.differences[cb, 'dhrd_1'].seeds == 2
+    assert found.scores[cb, 'dhrd_1'].seeds == 3
+    assert found.average_differences['dhrd_0.3'].seeds == 2
+    assert (cb, 'dhrd_1', 17) not in found.tests and (cb, 'dhrd_1', 18) in found.tests
+    assert (('rte', 'validation'), 'dhrd_1') not in found.scores
+    # the difference is of the seeds that both have
+    cells = {arm: results.cells(cb, arm) for arm in ('pooled', 'dhrd_1')}
+    means = [
+        np.mean([np.mean([cells[arm][seed]['metrics'][m] for m in ('macro_f1', 'accuracy')]) for seed in (18, 19)])
+        for arm in ('dhrd_1', 'pooled')
+    ]
+    assert found.differences[cb, 'dhrd_1'].value == pytest.approx(means[0] - means[1])
+
+
+def test_a_metric_that_its_predictions_do_not_have_is_refused(tmp_path):
+    lines = [line('a', 'pooled', 1, [0, 1, 1, 0], [0, 1, 0, 0])]
+    lines[0]['metrics']['accuracy'] = 0.8
+    with pytest.raises(UserError, match=r'a validation pooled seed 1: metrics.accuracy: found 0.8; .* make it 0.75'):
+        analyse(read_results(write(tmp_path, lines)))
+
+
+def test_ten_thousand_resamples_take_seconds(tmp_path):
+    results = read_results(make(tmp_path))
+    start = time.process_time()
+    analyse(results, 10_000)
+    assert time.process_time() - start < 10

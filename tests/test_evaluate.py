@@ -1,0 +1,160 @@
+"""Evaluation against scikit-learn and plain Python; the same report from every kind of model, on 1 and 2 ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from composer import Trainer
+from configs import TASK
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from tiny import tiny_classifier, triplet
+
+from dhrd_plugin.data.shards import write_triplets
+from dhrd_plugin.data.tasks import load_task
+from dhrd_plugin.errors import UserError
+from dhrd_plugin.evaluate import BINS, evaluate, label_order, main
+from dhrd_plugin.models.export import write_slim
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+ROWS = [triplet(i, 2 + i % 6, None) for i in range(23)]
+
+
+def random_predictions(classes, count=200, groups=17):
+    names = [f'c{i}' for i in range(classes)]
+    probabilities = torch.randn(count, classes, generator=torch.Generator().manual_seed(0)).mul(2).softmax(-1)
+    rows = [{'id': str(i), 'label': names[(i * 7) % classes], 'group': f'g{i % groups}'} for i in range(count)]
+    metrics = ['f1a', 'em'] if classes == 2 else ['macro_f1', 'accuracy']
+    labels = [{'value': name, 'answer': name} for name in names]
+    return names, probabilities, rows, load_task({**TASK, 'labels': labels, 'metrics': metrics, 'group': 'group'})
+
+
+@pytest.mark.parametrize('classes', [2, 4])
+def test_the_report_agrees_with_scikit_learn(classes):
+    names, probabilities, rows, task = random_predictions(classes)
+    report = evaluate(probabilities, rows, task)
+    truth = [row['label'] for row in rows]
+    guess = [names[i] for i in probabilities.argmax(-1).tolist()]
+    assert report['metrics']['accuracy'] == pytest.approx(accuracy_score(truth, guess))
+    assert report['metrics']['macro_f1'] == pytest.approx(f1_score(truth, guess, average='macro'))
+    assert report['confusion'] == confusion_matrix(truth, guess, labels=names).tolist()
+    precision, recall, _, support = precision_recall_fscore_support(truth, guess, labels=names)
+    for index, name in enumerate(names):
+        expected = {'precision': precision[index], 'recall': recall[index], 'support': support[index]}
+        assert report['classes'][name] == pytest.approx(expected)
+    if classes == 2:
+        right = {}
+        for row, label in zip(rows, guess, strict=True):
+            right.setdefault(row['group'], []).append(label == row['label'])
+        assert report['metrics']['em'] == pytest.approx(sum(map(all, right.values())) / len(right))
+        assert report['metrics']['f1a'] == pytest.approx(f1_score(truth, guess, pos_label=names[1]))
+
+
+def test_the_calibration_error_is_the_one_of_its_definition():
+    names, probabilities, rows, task = random_predictions(3)
+    report = evaluate(probabilities, rows, task)
+    bins = {}
+    for row, values in zip(rows, probabilities.tolist(), strict=True):
+        confidence = max(values)
+        number = min(int(confidence * BINS), BINS - 1)
+        bins.setdefault(number, []).append((confidence, names[values.index(confidence)] == row['label']))
+    means = [[sum(column) / len(found) for column in zip(*found, strict=True)] for _, found in sorted(bins.items())]
+    counts = [len(found) for _, found in sorted(bins.items())]
+    expected = sum(n * abs(a - b) for n, (a, b) in zip(counts, means, strict=True)) / len(rows)
+    assert report['calibration']['ece'] == pytest.approx(expected, abs=1e-6)
+    found = report['calibration']['bins']
+    assert [row['rows'] for row in found] == counts
+    for row, (confidence, accuracy) in zip(found, means, strict=True):
+        assert (row['confidence'], row['accuracy']) == pytest.approx((confidence, accuracy))
+
+
+def test_labels_are_found_by_name():
+    assert label_order(['no', 'maybe', 'yes'], ['yes', 'no', 'maybe']) == [2, 0, 1]
+    assert label_order(['LABEL_0', 'LABEL_1'], ['yes', 'no']) == [0, 1]
+    with pytest.raises(UserError, match=r"the classifier has \['a', 'b'\]; expected the task's \['yes', 'no'\]"):
+        label_order(['a', 'b'], ['yes', 'no'])
+
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory):
+    """One model as export, ONNX file and checkpoint; its rows as a file and as shards; the folder of all."""
+    root = tmp_path_factory.mktemp('evaluate')
+    model = tiny_classifier()
+    model.info['task'] = load_task(TASK).to_dict()
+    write_slim(model.get_metadata(), model.network.state_dict(), root / 'slim', onnx=True)
+    Trainer(model=model, device='cpu', progress_bar=False).save_checkpoint(str(root / 'checkpoint.pt'))
+    (root / 'rows.jsonl').write_text('\n'.join(json.dumps(row) for row in ROWS))
+    write_triplets(ROWS, root / 'shards')
+    return root
+
+
+def report_of(capsys, *arguments):
+    assert main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize('model', ['slim', 'slim/model.onnx', 'checkpoint.pt'])
+@pytest.mark.parametrize('data', ['rows.jsonl', 'shards'])
+def test_every_kind_of_model_and_data_gives_the_same_report(places, capsys, model, data):
+    expected = report_of(capsys, places / 'slim', places / 'rows.jsonl')
+    assert 'accuracy' in expected and 'maybe' in expected
+    assert report_of(capsys, places / model, places / data, '--batch-size', 4) == expected
+
+
+def test_a_checkpoint_in_object_storage(places, s3, capsys):
+    whole = (places / 'checkpoint.pt').read_bytes()
+    s3.put('evaluate/checkpoint.pt', whole)
+    s3.put('evaluate/half.pt', whole[:9000])
+    expected = report_of(capsys, places / 'slim', places / 'rows.jsonl')
+    assert report_of(capsys, f'{s3.bucket}/evaluate/checkpoint.pt', places / 'rows.jsonl') == expected
+    for name, flaw in (('half.pt', 'damaged'), ('absent.pt', 'no such file')):
+        assert main([f'{s3.bucket}/evaluate/{name}', str(places / 'rows.jsonl')]) == 2
+        assert f'evaluate/{name}: {flaw}' in capsys.readouterr().err
+
+
+def test_what_it_writes(places, capsys, tmp_path):
+    report_of(capsys, places / 'slim', places / 'rows.jsonl', '--output', tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / 'predictions.jsonl').read_text().splitlines()]
+    report = json.loads((tmp_path / 'report.json').read_text())
+    assert [line['id'] for line in lines] == [row['id'] for row in ROWS]
+    right = sum(line['prediction'] == line['label'] for line in lines)
+    assert report['metrics']['accuracy'] == pytest.approx(right / len(ROWS))
+    for name in ('confusion.png', 'reliability.png'):
+        assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_two_ranks_read_every_row_once(places, tmp_path):
+    script = Path(__file__).parent.parent / 'scripts' / 'evaluate.py'
+    composer = str(Path(sys.executable).parent / 'composer')
+    command = [composer, '-n', '2', str(script), str(places / 'slim'), str(places / 'rows.jsonl')]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([*command, '--output', str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert main([str(places / 'slim'), str(places / 'rows.jsonl'), '--output', str(tmp_path / 'one')]) == 0
+    for name in ('predictions.jsonl', 'report.json'):
+        found, expected = ((folder / name).read_text() for folder in (tmp_path, tmp_path / 'one'))
+        if name == 'report.json':
+            assert json.loads(found)['confusion'] == json.loads(expected)['confusion']
+        else:
+            assert [json.loads(line)['prediction'] for line in found.splitlines()] == [
+                json.loads(line)['prediction'] for line in expected.splitlines()
+            ]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        (['absent', 'rows.jsonl'], 'expected a folder with config.json'),
+        (['slim', 'rows.jsonl', '--task', 'rte'], "expected the task's ['entailment', 'not_entailment']"),
+        (['slim', 'absent.jsonl'], 'absent.jsonl'),
+    ],
+)
+def test_mistakes_are_told_in_one_line(places, capsys, monkeypatch, arguments, expected):
+    monkeypatch.chdir(places)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert expected in error and len(error.splitlines()) == 1
