@@ -114,9 +114,9 @@ class Config:
     fsdp_config: dict[str, Any] | None = None
     compile_config: dict[str, Any] | None = None
     dist_timeout: float = 600.0
-    progress_bar: bool = True
-    log_to_console: bool | None = None  # by default where there is no progress bar
-    console_log_interval: str = '1ep'
+    progress_bar: bool = True  # where stderr is a terminal
+    log_to_console: bool | None = None  # by default plain lines where no bar is; true: Composer's own; false: none
+    console_log_interval: str = '1ep'  # of the lines
     python_log_level: str | None = None
     save_folder: str | None = None
     save_interval: str = '1ep'

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from composer import Trainer
-from composer.utils import dist
+from composer.utils import dist, format_name_with_dist
 from omegaconf import DictConfig
 
 from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss
+from dhrd_plugin.callbacks.display import steps_of_fit
 from dhrd_plugin.callbacks.drop_reasoning_head import compute_metrics
 from dhrd_plugin.callbacks.progress import TokenCounter
 from dhrd_plugin.config import as_dict, part_settings, without_secrets
 from dhrd_plugin.files import write_json
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
 from dhrd_plugin.tracking import mlflow_run
+
+LOG = '{run_name}/logs-rank{rank}.txt'  # where Composer's FileLogger writes, if it is not told
 
 
 class Stages:
@@ -52,12 +55,15 @@ def describe(trainer: Trainer, model: ComposerDualHeadClassifier, config: DictCo
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     loader = trainer.state.train_dataloader
     rows = loader.dataset.epoch_size if loader is not None else 0  # pyright: ignore
-    steps = len(loader) if loader is not None else 0  # pyright: ignore
+    batches = len(loader) if loader is not None else 0  # pyright: ignore
+    steps = steps_of_fit(trainer.state.max_duration, batches)
+    ranks = dist.get_world_size()
     reasoning = [repr(part) for part in trainer.state.algorithms if isinstance(part, AuxiliaryReasoningLoss)]
     method = ''.join(reasoning) or 'pooled baseline, no reasoning loss'
     return (
-        f'{config.run_name}: {parameters / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained; '
-        f'{rows} rows, {steps} steps an epoch, {config.max_duration}, {dist.get_world_size()} rank(s); {method}'
+        f'{config.run_name}: {parameters:,} parameters, {trainable:,} trained; '
+        f'{rows:,} rows, {batches:,} steps an epoch, {config.max_duration}{f" = {steps:,} steps" if steps else ""}, '
+        f'{ranks} rank{"s" if ranks > 1 else ""}; {method}'
     )
 
 
@@ -66,6 +72,8 @@ def finish(config: DictConfig, trainer: Trainer, counter: TokenCounter, seconds:
     summary = summarize(config, trainer, counter, seconds)
     path = Path(config.output_dir) / 'summary.json'
     write_json(path, summary)
+    for what, place in _places(config).items():
+        print(f'{what}: {place}')
     for label, metrics in summary['metrics'].items():
         values = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
         print(f'{label}: {values}')
@@ -75,6 +83,24 @@ def finish(config: DictConfig, trainer: Trainer, counter: TokenCounter, seconds:
     if summary['export']:
         print(f'slim classifier: {summary["export"]}')
         print(f'try: python scripts/predict.py {summary["export"]} {shlex.quote(_example(trainer))}', flush=True)
+
+
+def _places(config: DictConfig) -> dict[str, str]:
+    """Where the log and the checkpoints are, if the run writes any."""
+    places = {}
+    if (log := log_file(config)) is not None:
+        places['log'] = str(log)
+    if config.save_folder is not None:
+        places['checkpoints'] = format_name_with_dist(config.save_folder, config.run_name)
+    return places
+
+
+def log_file(config: DictConfig) -> Path | None:
+    """What this rank's FileLogger writes, if the config has one."""
+    logger = part_settings(config, 'loggers').get('file')
+    if logger is None:
+        return None
+    return Path(format_name_with_dist(logger.get('filename', LOG), config.run_name))
 
 
 def summarize(

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dhrd_plugin import registry
 from dhrd_plugin.callbacks.checkpointing import RestoreRNG, SafeCheckpoints, end_with_launcher
+from dhrd_plugin.callbacks.display import AnnounceExport, Display
 from dhrd_plugin.callbacks.gradient_comparison import NO_COMPILE, NO_FSDP
 from dhrd_plugin.callbacks.progress import TokenCounter
 from dhrd_plugin.checkpoints import INDEX, check_checkpoint, check_unused, list_checkpoints, newest_checkpoint
@@ -34,7 +35,7 @@ from dhrd_plugin.models.build import add_lora, build_causal_lm, build_tokenizer,
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
 from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.ranks import once_a_node
-from dhrd_plugin.summary import Stages, describe, finish, say
+from dhrd_plugin.summary import Stages, describe, finish, log_file, say
 from dhrd_plugin.tracking import build_loggers, ends_in_mlflow, flat, without_secret_arguments
 
 SAMPLE = 'sample/'  # sources of this prefix are the triplets that the package ships
@@ -76,10 +77,11 @@ def train(config: DictConfig) -> Trainer:
         for label in _eval_labels(config)
     ]
     counter = TokenCounter()
-    trainer = build_trainer(config, model, train_loader, evaluators, counter, loggers, checkpoint)
+    display = Display(counter, display_mode(config), config.console_log_interval)
+    trainer = build_trainer(config, model, train_loader, evaluators, counter, display, loggers, checkpoint)
     trainer.logger.log_hyperparameters(flat(without_secrets(as_dict(config))))
     say(describe(trainer, model, config))
-    with ends_in_mlflow(trainer.logger), stages('fit'), together(streams['train_loader']):
+    with ends_in_mlflow(trainer.logger), stages('fit'), together(streams['train_loader']), display:
         if config.eval_first and trainer.state.timestamp.batch == 0:
             trainer.eval()
         fit(config, trainer)
@@ -114,10 +116,9 @@ def find_checkpoint(config: DictConfig) -> str | None:
 
 def set_log_aside(config: DictConfig) -> None:
     """Rename the log of the run that ended, ``log.txt`` to ``log.1.txt``: Composer's FileLogger writes over it."""
-    logger = part_settings(config, 'loggers').get('file')
-    if logger is None or dist.get_global_rank() != 0:
+    log = log_file(config)
+    if log is None or dist.get_global_rank() != 0:
         return
-    log = Path(format_name_with_dist(logger.get('filename', '{run_name}/logs-rank{rank}.txt'), config.run_name))
     aside = (log.with_suffix(f'.{number}{log.suffix}') for number in itertools.count(1))
     if log.exists():
         log.rename(next(path for path in aside if not path.exists()))
@@ -209,7 +210,7 @@ def check_limits(config: DictConfig) -> None:
         for key, reason in {'fsdp_config': NO_FSDP, 'compile_config': NO_COMPILE}.items():
             if config[key] is not None:
                 raise UserError(f'callbacks.gradient_comparison: found with {key}: {reason}')
-    for key in ('max_duration', 'eval_interval', 'save_interval'):
+    for key in ('max_duration', 'eval_interval', 'save_interval', 'console_log_interval'):
         registry.parse_time(config[key], key)
     if config.autoresume and config.save_folder is None:
         raise UserError('autoresume: found without save_folder; expected a folder, or an address such as s3://bucket/rte')
@@ -415,15 +416,17 @@ def build_trainer(
     train_loader: DataSpec,
     evaluators: Sequence[Evaluator],
     counter: Callback,
+    display: Display,
     loggers: Sequence[LoggerDestination] = (),
     checkpoint: str | None = None,
 ) -> Trainer:
     """Hand everything to Composer's Trainer; ``checkpoint`` is that of :func:`find_checkpoint`."""
-    progress_bar = config.progress_bar and sys.stderr.isatty()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     name, kwargs = named_part(config, 'optimizer')
     optimizer = registry.build('optimizer', name, kwargs, 'optimizer', trainable)
     fsdp = None if config.fsdp_config is None else build_fsdp(as_plain(config.fsdp_config))
+    exports = 'drop_reasoning_head' in part_settings(config, 'callbacks')
+    announce = [AnnounceExport(display)] if exports else []
     trainer = Trainer(
         model=model,
         train_dataloader=train_loader,
@@ -431,8 +434,8 @@ def build_trainer(
         optimizers=optimizer,
         schedulers=None if config.scheduler is None else _schedule(as_plain(config.scheduler), 'scheduler'),
         algorithms=build_parts(config, 'algorithms'),
-        callbacks=[counter, *build_parts(config, 'callbacks'), SafeCheckpoints()],
-        loggers=list(loggers),
+        callbacks=[counter, *announce, *build_parts(config, 'callbacks'), SafeCheckpoints()],
+        loggers=[*loggers, display],
         max_duration=config.max_duration,
         eval_interval=config.eval_interval,
         device=config.device,
@@ -442,8 +445,8 @@ def build_trainer(
         compile_config=as_plain(config.compile_config),
         seed=config.seed,
         run_name=config.run_name,
-        progress_bar=progress_bar,
-        log_to_console=not progress_bar if config.log_to_console is None else config.log_to_console,
+        progress_bar=False,  # ours is the display
+        log_to_console=config.log_to_console is True,
         console_log_interval=config.console_log_interval,
         python_log_level=config.python_log_level,
         dist_timeout=config.dist_timeout,
@@ -460,6 +463,15 @@ def build_trainer(
     restore(config, trainer, checkpoint)
     average_gradients(trainer.state.model)
     return trainer
+
+
+def display_mode(config: DictConfig) -> str | None:
+    """Bars on a terminal, lines elsewhere; nothing of ours where ``log_to_console`` asks for Composer's own lines."""
+    if config.log_to_console:
+        return None
+    if config.progress_bar and sys.stderr.isatty():
+        return 'bars'
+    return None if config.log_to_console is False else 'lines'
 
 
 def min_microbatch(config: DictConfig) -> int | str:
