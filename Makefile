@@ -41,7 +41,7 @@ llmfoundry: install
 
 # Idle OpenMP threads sleep: on a shared machine their spinning costs more than their waking up.
 train: install
-	OMP_WAIT_POLICY=passive $(BIN)/composer scripts/train.py yamls/rte.yaml eval_loaders.contrast=null
+	OMP_WAIT_POLICY=passive $(BIN)/composer scripts/train.py yamls/rte.yaml eval_loaders.contrast=null $(ARGS)
 
 lock: install
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --no-header \
