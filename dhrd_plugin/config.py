@@ -49,6 +49,7 @@ class ModelConfig:
     classifier_dropout: float = 0.0
     reasoning_targets: str = 'sequence'
     chunk_size: int = 256
+    padding_free: bool = False  # the real tokens of a microbatch as one sequence
     lora: LoraConfig | None = None
     freeze_backbone: bool = False
     class_weights: list[float] | None = None

@@ -392,6 +392,7 @@ def build_model(config: DictConfig, task: Task, tokenizer: PreTrainedTokenizerBa
         settings.pooling,
         settings.classifier_dropout,
         settings.chunk_size,
+        settings.padding_free,
     )
     if len(tokenizer) > causal_lm.config.vocab_size:
         network.resize_token_embeddings(len(tokenizer))

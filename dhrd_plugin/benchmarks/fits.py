@@ -44,7 +44,7 @@ class StepClock(Callback):
 def build_classifier(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> ComposerDualHeadClassifier:
     """The model that is trained, with a classification head that nobody has trained."""
     torch.manual_seed(0)
-    network = DualHeadNetwork(lm, len(task.label_names), padding_free=None)
+    network = DualHeadNetwork(lm, len(task.label_names))
     return ComposerDualHeadClassifier(network, tokenizer, task.label_names)
 
 

@@ -90,7 +90,9 @@ def batches(rows: Sequence[Any], size: int = BATCH) -> Iterator[Sequence[Any]]:
 
 def _classifier(bench: Bench, padding_free: bool) -> ComposerDualHeadClassifier:
     network = twin(bench.network)
-    network.padding_free = unpadded.use_padding_free(network.causal_lm, padding_free)
+    network.padding_free = padding_free
+    if padding_free:
+        unpadded.use_padding_free(network.causal_lm)
     return ComposerDualHeadClassifier(network, bench.tokenizer, bench.task.label_names)
 
 
@@ -234,7 +236,7 @@ def floor_by_row(bench: Bench, rows: Rows) -> Callable[[], None]:
 def floor_in_one(bench: Bench, rows: Rows) -> Callable[[], None]:
     """The same with the rows of a batch as one sequence, each attending to itself."""
     lm = twin(bench.network.causal_lm)
-    unpadded.use_padding_free(lm, True)
+    unpadded.use_padding_free(lm)
 
     def epoch() -> None:
         for some in batches(rows):

@@ -40,8 +40,8 @@ class DualHeadNetwork(nn.Module):
         pooling: ``'last'`` (last input token, the paper) or ``'mean'`` over the input span.
         dropout: dropout of the classification head.
         chunk_size: supervised tokens whose vocabulary logits are alive at a time.
-        padding_free: run the real tokens of a batch as one sequence; ``None`` does it on a CPU, where the decoder's
-            attention allows it (:func:`~dhrd_plugin.models.padding_free.use_padding_free`). Default: ``False``.
+        padding_free: run the real tokens of a batch as one sequence
+            (:func:`~dhrd_plugin.models.padding_free.use_padding_free`). Default: ``False``.
 
     Raises:
         UserError: an encoder or encoder-decoder, a model whose logits are not plainly ``lm_head(hidden)``,
@@ -56,7 +56,7 @@ class DualHeadNetwork(nn.Module):
         pooling: str = 'last',
         dropout: float = 0.0,
         chunk_size: int = 256,
-        padding_free: bool | None = False,
+        padding_free: bool = False,
     ):
         super().__init__()
         if pooling not in POOLINGS:
@@ -67,7 +67,9 @@ class DualHeadNetwork(nn.Module):
         self.pooling = pooling
         self.lora: dict[str, Any] | None = None
         self.chunk_size = chunk_size
-        self.padding_free = unpadded.use_padding_free(causal_lm, padding_free)
+        self.padding_free = padding_free
+        if padding_free:
+            unpadded.use_padding_free(causal_lm)
         self.classifier = ClassificationHead(
             self.config.hidden_size,
             num_labels,

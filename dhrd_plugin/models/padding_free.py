@@ -74,28 +74,20 @@ def why_not(config: PretrainedConfig) -> str | None:
     return None
 
 
-def use_padding_free(causal_lm: PreTrainedModel, wanted: bool | None = None) -> bool:
+def use_padding_free(causal_lm: PreTrainedModel) -> None:
     """Give a decoder the attention that keeps rows apart.
 
     Args:
         causal_lm: changed in place, the name of its attention function only.
-        wanted: ``False`` leaves it alone. Default: ``None``, done on a machine without a GPU, if it can be done:
-            on a GPU a short row does not fill the machine, and nobody has measured which way is faster.
-
-    Returns:
-        Whether it was done.
 
     Raises:
-        UserError: it is wanted, and cannot be done.
+        UserError: it cannot be done.
     """
     reason = why_not(causal_lm.config)
-    if wanted and reason:
-        raise UserError(f'model.padding_free: found true, but {reason}; expected null or false')
-    if not (torch.cuda.is_available() is False if wanted is None else wanted) or reason:
-        return False
+    if reason:
+        raise UserError(f'model.padding_free: found true, but {reason}; expected false')
     register()
     causal_lm.config._attn_implementation = ATTENTION
-    return True
 
 
 def fits(config: PretrainedConfig, attention_mask: Tensor) -> bool:

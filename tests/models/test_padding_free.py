@@ -4,13 +4,20 @@ import copy
 
 import pytest
 import torch
+from runs import losses, write_run
+from safetensors.torch import load_file
 from tiny import KINDS, LABELS, relative_error, tiny_lm, tiny_network, tiny_tokenizer, triplets
 
+from dhrd_plugin import load_config, train
 from dhrd_plugin.data.collation import TripletCollator
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models.padding_free import use_padding_free
 
 pytestmark = pytest.mark.usefixtures('one_thread')
+
+# Dropout draws by shape, and the shapes differ.
+QUIET = ['max_duration=8ba', 'eval_interval=8ba', 'save_folder=null', 'autoresume=false', 'model.classifier_dropout=0',
+         'model.lora.lora_dropout=0']  # fmt: skip
 
 
 def step(network, batch):
@@ -32,7 +39,8 @@ def test_losses_and_gradients_are_the_same(kind, pooling, side, lora):
     batch.pop('labels')
     expected, expected_grads = step(network, batch)
     other = copy.deepcopy(network)
-    other.padding_free = use_padding_free(other.causal_lm, True)
+    other.padding_free = True
+    use_padding_free(other.causal_lm)
     found, grads = step(other, batch)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.reasoning_loss, expected.reasoning_loss, rtol=1e-5, atol=1e-5)
@@ -42,6 +50,32 @@ def test_losses_and_gradients_are_the_same(kind, pooling, side, lora):
 def test_it_is_refused_where_it_cannot_be():
     lm = tiny_lm('llama')
     lm.config._attn_implementation = 'eager'
-    assert not use_padding_free(lm)
     with pytest.raises(UserError, match=r'model\.padding_free: found true, but its attn_implementation is eager'):
-        use_padding_free(lm, True)
+        use_padding_free(lm)
+
+
+@pytest.fixture(scope='module')
+def losses_and_export(tmp_path_factory):
+    """By layout, the losses of a short run from the YAML, and its export."""
+    folder = tmp_path_factory.mktemp('layouts')
+    yaml, found = write_run(folder), {}
+    for free in (False, True):
+        overrides = [f'output_dir={folder}/{free}', f'model.padding_free={free}', *QUIET]
+        train(load_config(yaml, overrides)).close()
+        series = [float(loss) for _, loss in sorted(losses(folder / str(free)).items())]
+        found[free] = series, folder / str(free) / 'slim'
+    return found
+
+
+def test_it_is_a_key_of_the_yaml_and_changes_no_loss(losses_and_export):
+    (padded, _), (free, _) = losses_and_export[False], losses_and_export[True]
+    assert len(free) == 8 and free == pytest.approx(padded, rel=1e-4)  # logged with four digits
+
+
+def test_the_export_knows_nothing_of_it(losses_and_export):
+    padded, free = (losses_and_export[key][1] for key in (False, True))
+    assert (free / 'config.json').read_text() == (padded / 'config.json').read_text()
+    weights, expected = (load_file(folder / 'model.safetensors') for folder in (free, padded))
+    assert weights.keys() == expected.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
