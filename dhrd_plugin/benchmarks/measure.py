@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 PACKAGES = ('dhrd-plugin', 'torch', 'transformers', 'mosaicml', 'mosaicml-streaming', 'tokenizers', 'onnxruntime')
 
 
@@ -32,7 +34,7 @@ def interleave(
     """
     names = list(works)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-warmup, repetitions):
+    for number in tqdm(range(-warmup, repetitions), f'{len(names)} ways, rounds', disable=None):  # on a terminal
         first = number % len(names)
         for name in names[first:] + names[:first]:
             spent = time_once(works[name])
