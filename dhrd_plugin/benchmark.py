@@ -10,7 +10,7 @@ from dhrd_plugin.benchmarks.options import Options
 from dhrd_plugin.cli import run
 from dhrd_plugin.files import write_json
 
-VERBS = ('train', 'infer', 'data')
+VERBS = ('train', 'infer', 'data', 'scale')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--output', type=Path, help='write the report as JSON, too')
     whole = {'type': _count, 'default': 0}
     parser.add_argument('--layers', **whole, help="only the backbone's first layers; default: all")
-    parser.add_argument('--rows', **whole, help="rows to measure on; default: the benchmark's own number")
+    parser.add_argument('--rows', **whole, help="rows to measure on, scale: of the largest set; "
+                        "default: the benchmark's own number")  # fmt: skip
     parser.add_argument('--repetitions', **whole, help="of each measurement; default: the benchmark's own number")
     parser.add_argument('--threads', **whole, help='default: as torch, tokenizers and ONNX Runtime choose')
     parser.add_argument('--new-tokens', type=_count, default=Options.new_tokens,

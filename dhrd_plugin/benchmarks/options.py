@@ -10,7 +10,7 @@ class Options:
     Attributes:
         model: a Hugging Face folder or name, or ``package:NAME``.
         layers: only the backbone's first layers. Default: 0, all.
-        rows: rows that are measured on. Default: 0, the benchmark's own number.
+        rows: rows that are measured on, by ``scale`` in its largest set. Default: 0, the benchmark's own number.
         repetitions: of each measurement. Default: 0, the benchmark's own number.
         new_tokens: of chain-of-thought decoding, at most. Default: 500 (the paper).
         s3: an address to put shards under, such as ``s3://bucket/prefix``. Default: none, S3 is not measured.

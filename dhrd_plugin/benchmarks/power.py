@@ -1,0 +1,46 @@
+"""Power laws: how a cost grows with a size, as the exponent of a line through the logarithms."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dhrd_plugin.benchmarks.measure import ratios
+from dhrd_plugin.benchmarks.table import make_row
+
+Costs = Mapping[str, Sequence[float]]  # by name, of each repetition
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The least-squares slope of ``log(cost)`` over ``log(size)``: 1 where twice the size costs twice as much."""
+    return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+
+
+def growth_rows(
+    what: str,
+    unit: str,
+    costs: Costs,
+    over: str,
+    sizes: Sequence[float],
+    expected: str,
+    against: tuple[str, Costs] | None = None,
+) -> list[dict[str, Any]]:
+    """A row for each size, and one for the exponent, which is fitted to each repetition by itself.
+
+    Args:
+        what: that costs.
+        unit: of the costs.
+        costs: one name for each size.
+        over: what the sizes are of.
+        sizes: in the order of ``costs``.
+        expected: of the exponent, and why.
+        against: what each cost is divided by, of the same repetition, and its name. Default: the first size's.
+    """
+    first = next(iter(costs))
+    name, others = against or (first, dict.fromkeys(costs, costs[first]))
+    rows = [
+        make_row(f'{what}, {label}', values, unit, ratios(values, others[label]), name)
+        for label, values in costs.items()
+    ]
+    found = [exponent(sizes, values) for values in zip(*costs.values(), strict=True)]
+    return [*rows, make_row(f'{what}: exponent over {over}', found, note=f'expected: {expected}')]
