@@ -33,7 +33,7 @@ browser:
 		|| echo 'no chromium: the test that opens a page will skip'
 
 test: install browser
-	OMP_WAIT_POLICY=passive $(BIN)/pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile
 
 # llm-foundry's own trainer, in an environment of its own.
 llmfoundry: install
