@@ -24,6 +24,7 @@ def growth_rows(
     sizes: Sequence[float],
     expected: str,
     against: tuple[str, Costs] | None = None,
+    at_most: float | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each size, and one for the exponent, which is fitted to each repetition by itself.
 
@@ -35,6 +36,7 @@ def growth_rows(
         sizes: in the order of ``costs``.
         expected: of the exponent, and why.
         against: what each cost is divided by, of the same repetition, and its name. Default: the first size's.
+        at_most: the bar for the exponent.
     """
     first = next(iter(costs))
     name, others = against or (first, dict.fromkeys(costs, costs[first]))
@@ -43,4 +45,4 @@ def growth_rows(
         for label, values in costs.items()
     ]
     found = [exponent(sizes, values) for values in zip(*costs.values(), strict=True)]
-    return [*rows, make_row(f'{what}: exponent over {over}', found, note=f'expected: {expected}')]
+    return [*rows, make_row(f'{what}: exponent over {over}', found, at_most=at_most, note=f'expected: {expected}')]

@@ -28,6 +28,7 @@ from dhrd_plugin.data.tasks import Task
 from dhrd_plugin.data.triplets import Triplet
 from dhrd_plugin.errors import UserError
 
+LINEAR, FLAT = 1.05, 0.05  # exponents, at most
 PARTS = (100, 10, 1)  # of the largest set
 BATCH = 8
 READ = 256  # rows after the first batch
@@ -58,20 +59,24 @@ def set_rows(
     visits = {name: Visit(Place(name, str(folders[name])), collate, count) for name in names}
     interleave(visits, repetitions)
 
-    def grow(what: str, unit: str, costs: Callable[[str], list[float]], expected: str) -> list[dict[str, Any]]:
+    def grow(
+        what: str, unit: str, costs: Callable[[str], list[float]], expected: str, at_most: float | None = None
+    ) -> list[dict[str, Any]]:
         found = {name: costs(name)[-repetitions:] for name in names}
-        return growth_rows(what, unit, found, 'rows', sizes, expected)
+        return growth_rows(what, unit, found, 'rows', sizes, expected, at_most=at_most)
 
     return [
-        *grow('writing', 's', lambda name: seconds[name], '1'),
-        *grow('on disk', 'MiB', lambda name: disk[name], '1'),
+        *grow('writing', 's', lambda name: seconds[name], '1, below it where a set is so small that its folder counts',
+              LINEAR),
+        *grow('on disk', 'MiB', lambda name: disk[name], '1', LINEAR),
         *grow('opening, to the first batch', 's', lambda name: visits[name].opened,
               'below 1: a shard is checked against its hashes as it is first read, of a large set only those of one '
               'block of the shuffle (4M rows by the number of nodes, 256 Ki at least)'),
-        *grow('checking all shards', 's', lambda name: visits[name].checked, '1; once in a process'),
-        *grow(f'reading {count} rows, collated', 's', lambda name: visits[name].read, '0, once shards are checked'),
+        *grow('checking all shards', 's', lambda name: visits[name].checked, '1; once in a process', LINEAR),
+        *grow(f'reading {count} rows, collated', 's', lambda name: visits[name].read,
+              '0, once shards are checked', FLAT),
         *grow('resident memory, growth', 'MiB', lambda name: visits[name].grown,
-              'below 1: no more than a shard, 16 Mi, is held, while it is checked'),
+              '0: no more than a shard, 16 Mi, is held, while it is checked', FLAT),
     ], folders[names[-1]]  # fmt: skip
 
 
