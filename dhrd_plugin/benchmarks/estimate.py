@@ -236,6 +236,6 @@ def stream_rows(rows: Rows, cluster: Cluster, order: tuple[float, float]) -> lis
         make_row('on paper, order of an epoch, shared memory of a node', [found['order'] / GIB], 'GiB'),
         make_row('on paper, order of an epoch, kept by a rank', [found['rank'] / GIB], 'GiB'),
         make_row('on paper, order of an epoch, peak of a node', [rows.count * peak / GIB], 'GiB'),
-        make_row('on paper, order of an epoch, time before its first batch', [rows.count * seconds / 60], 'min'),
+        make_row('on paper, order of an epoch, time at least', [rows.count * seconds / 60], 'min'),
         make_row('on paper, epoch, at 1,000 tokens/s/GPU', [epoch_hours(rows, cluster, 1000)], 'h'),
     ]

@@ -21,7 +21,7 @@ LENGTHS = (0, 32, 64, 128, 256, 512)  # tokens of a rationale
 
 def length_rows(bench: Bench, rows: Rows, repetitions: int) -> list[dict[str, Any]]:
     """Time of a step of both heads, with the same inputs and rationales of so many tokens each."""
-    sets = {f'{length} tokens': resized(bench, rows, length) for length in LENGTHS}
+    sets = {f'rationale of {length} tokens': resized(bench, rows, length) for length in LENGTHS}
     tokens = {name: sum(len(row.input_ids) for row in bench.encode(some)) for name, some in sets.items()}
     free = not (torch.cuda.is_available() or why_not(bench.network.config))  # as training does it
     works = {name: ThroughComposer(bench, some, len(rows), free) for name, some in sets.items()}
@@ -29,11 +29,11 @@ def length_rows(bench: Bench, rows: Rows, repetitions: int) -> list[dict[str, An
     each = {name: [1000 * spent / tokens[name] for spent in values] for name, values in seconds.items()}
     expected = 'below 1: the optimizer costs the same at any length; above it once attention, which grows as 2, shows'
     table = growth_rows(
-        f'step of {len(rows)} rows, rationale of', 's', seconds, 'real tokens', list(tokens.values()), expected
+        f'step of {len(rows)} rows', 's', seconds, 'real tokens', list(tokens.values()), expected
     )
     first = next(iter(each))
     return table + [
-        make_row(f'a real token, rationale of {name}', values, 'ms', ratios(values, each[first]), first,
+        make_row(f'a real token of it, {name}', values, 'ms', ratios(values, each[first]), first,
                  note=f'{tokens[name]:,} real tokens')
         for name, values in each.items()
     ]  # fmt: skip
