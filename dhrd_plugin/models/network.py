@@ -135,8 +135,10 @@ class DualHeadNetwork(nn.Module):
             loss = chunked_lm_loss(hidden, labels, self.lm_head.weight, self.lm_head.bias, self.chunk_size)
             return DualHeadOutput(logits=logits, reasoning_loss=loss)
         # DDP and FSDP expect a gradient for every parameter on every rank, also where this rank's
-        # rows, or this step's alpha, leave the LM head unread.
-        unread = torch.stack([parameter.flatten()[0] * 0 for parameter in self.lm_head.parameters()]).sum()
+        # rows, or this step's alpha, leave the LM head unread. A tied one has that of the embedding.
+        tied = self.causal_lm.get_input_embeddings().weight
+        unread = sum((weight.flatten()[0] * 0 for weight in self.lm_head.parameters() if weight is not tied),
+                     start=logits.new_zeros(()))  # fmt: skip
         if return_reasoning_loss:
             return DualHeadOutput(logits=logits, reasoning_loss=unread.expand(len(logits)))
         return DualHeadOutput(logits=logits + unread if unread.requires_grad else logits)
