@@ -15,6 +15,7 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist, get_save_filename, reproducibility
 from torch.distributed.checkpoint import CheckpointException
+from tqdm import tqdm
 
 from dhrd_plugin.checkpoints import INDEX, find_flaw
 from dhrd_plugin.errors import UserError
@@ -90,7 +91,8 @@ class SafeCheckpoints(Callback):
                 saver.fit_end(state, logger)  # waits for what is being uploaded
             self.close(state, logger)
             if dist.get_global_rank() == 0:
-                print(f'SIGTERM: saved a checkpoint at batch {state.timestamp.batch.value} and stopped', flush=True)
+                # Above the bars of a terminal.
+                tqdm.write(f'SIGTERM: saved a checkpoint at batch {state.timestamp.batch.value} and stopped')
             raise SystemExit(STOPPED)
 
     def _any_rank_signalled(self, state: State) -> bool:

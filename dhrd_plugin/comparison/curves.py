@@ -13,7 +13,7 @@ from dhrd_plugin.comparison.results import Results
 __all__ = ['draw_curves', 'thin']
 
 CLASSIFICATION = 'loss/train/classification'
-COUNTED = 'dhrd/tokens'  # the table of costs has it
+COUNTED = ('dhrd/tokens', 'dhrd/padding')  # costs: there is a table of them
 TITLES = {
     CLASSIFICATION: 'Classification loss',
     'loss/train/reasoning': 'Reasoning loss',
@@ -29,7 +29,7 @@ def draw_curves(results: Results) -> list[Chart]:
     What never changes, such as beta or a count of cut rationales that stays at zero, is left out.
     """
     logged = sorted({name for record in results.records.values() for name in record['series']})
-    others = [name for name in logged if name.startswith('dhrd/') and name not in (*TITLES, COUNTED)]
+    others = [name for name in logged if name.startswith('dhrd/') and name not in (*TITLES, *COUNTED)]
     names = [*TITLES, *(name for name in others if _varies(results, name))]
     return [chart for name in names if (chart := _draw(results, name))]
 
