@@ -144,7 +144,7 @@ class DualHeadNetwork(nn.Module):
         return DualHeadOutput(logits=logits + unread if unread.requires_grad else logits)
 
     def _last_hidden_state(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if self.padding_free and unpadded.fits(self.config, attention_mask):
+        if self.padding_free and not attention_mask.all() and unpadded.fits(self.config, attention_mask):
             return unpadded.last_hidden_state(self.backbone, input_ids, attention_mask)
         return last_hidden_state(self.backbone, input_ids, attention_mask)
 
