@@ -10,8 +10,10 @@ import pytest
 import torch
 from composer import Trainer
 from configs import TASK
+from omegaconf import OmegaConf
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
-from tiny import tiny_classifier, triplet
+from tiny import LABELS, tiny_classifier, tiny_lm, tiny_tokenizer, triplet
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from dhrd_plugin.data.shards import write_triplets
 from dhrd_plugin.data.tasks import load_task
@@ -103,6 +105,26 @@ def test_every_kind_of_model_and_data_gives_the_same_report(places, capsys, mode
     expected = report_of(capsys, places / 'slim', places / 'rows.jsonl')
     assert 'accuracy' in expected and 'maybe' in expected
     assert report_of(capsys, places / model, places / data, '--batch-size', 4) == expected
+
+
+def test_a_classifier_that_this_package_never_saw(tmp_path, capsys):
+    """Its labels in an order of its own; its predictions are those of a plain loop over it."""
+    torch.manual_seed(0)
+    names = [*reversed(LABELS)]
+    config = LlamaConfig(**{**tiny_lm().config.to_diff_dict(), 'id2label': dict(enumerate(names))})
+    model, tokenizer = LlamaForSequenceClassification(config).eval(), tiny_tokenizer()
+    model.save_pretrained(tmp_path / 'foreign')
+    tokenizer.save_pretrained(tmp_path / 'foreign')
+    (tmp_path / 'task.yaml').write_text(OmegaConf.to_yaml(OmegaConf.create(TASK)))
+    (tmp_path / 'rows.jsonl').write_text('\n'.join(json.dumps(row) for row in ROWS))
+    places = [tmp_path / 'foreign', tmp_path / 'rows.jsonl', '--task', tmp_path / 'task.yaml']
+    report_of(capsys, *places, '--output', tmp_path / 'report')
+    lines = (tmp_path / 'report' / 'predictions.jsonl').read_text().splitlines()
+    found = {row['id']: row['prediction'] for row in map(json.loads, lines)}
+    with torch.no_grad():
+        logits = [model(tokenizer(row['input_text'], return_tensors='pt').input_ids).logits for row in ROWS]
+    assert found == {row['id']: names[int(score.argmax())] for row, score in zip(ROWS, logits)}
+    assert len({*found.values()}) > 1
 
 
 def test_a_checkpoint_in_object_storage(places, s3, capsys):
