@@ -131,8 +131,8 @@ def scores(results: Results, statistics: Statistics) -> Section:
         for arm in results.arms
     ]
     base = results.baseline
-    seeds = '1 seed' if full == 1 else f'{full} seeds'
-    caption = f'Scores in percent: mean over {seeds} unless said otherwise, 95 % interval'
+    seeds = '1 seed' if full == 1 else f'{full} seeds unless said otherwise'
+    caption = f'Scores in percent: mean over {seeds}, 95 % interval'
     header = ['arm', *_columns(sets), f'relative to {base}', 'verdict']
     tables = [Table(caption, header, rows), *_metrics(results, statistics, sets), *_others(results, statistics)]
     return Section('Scores', _how_scored(results, statistics), tables)
