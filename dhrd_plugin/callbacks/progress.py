@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dhrd_plugin.models.composer_model import RETURN_REASONING_LOSS
 from dhrd_plugin.models.network import upto
-from dhrd_plugin.models.padding_free import fits
 
 
 def count_padding(batch: Mapping[str, Any], padding_free: bool = False) -> Tensor:
@@ -63,9 +62,7 @@ class TokenCounter(Callback):
         """Count the padding in one microbatch of this rank."""
         del logger
         model: Any = getattr(state.model, 'module', state.model)
-        network = model.network
-        unpadded = network.padding_free and fits(network.config, state.batch['attention_mask'])
-        count = count_padding(state.batch, unpadded)
+        count = count_padding(state.batch, model.network.runs_unpadded(state.batch['attention_mask']))
         self.ran = self.ran.to(count.device) + count
 
     def epoch_end(self, state: State, logger: Logger) -> None:

@@ -143,8 +143,12 @@ class DualHeadNetwork(nn.Module):
             return DualHeadOutput(logits=logits, reasoning_loss=unread.expand(len(logits)))
         return DualHeadOutput(logits=logits + unread if unread.requires_grad else logits)
 
+    def runs_unpadded(self, attention_mask: Tensor) -> bool:
+        """Whether rows of this mask [B, S] are run without their padding."""
+        return self.padding_free and unpadded.fits(self.config, attention_mask)
+
     def _last_hidden_state(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if self.padding_free and not attention_mask.all() and unpadded.fits(self.config, attention_mask):
+        if self.runs_unpadded(attention_mask) and not attention_mask.all():
             return unpadded.last_hidden_state(self.backbone, input_ids, attention_mask)
         return last_hidden_state(self.backbone, input_ids, attention_mask)
 
