@@ -14,7 +14,7 @@ __all__ = ['cost', 'from_paper', 'making']
 
 
 def cost(results: Results) -> Section:
-    """Tokens and seconds a step of each task and arm, means over seeds."""
+    """Tokens and seconds a step of each task and arm, medians over seeds."""
     rows = []
     for evaluated in results.main_sets:
         base = [*results.cells(evaluated, results.baseline).values()]
@@ -31,13 +31,13 @@ def cost(results: Results) -> Section:
         'seconds a step',
         f'seconds / {results.baseline}',
     ]
-    text = 'Training alone, means over seeds; seconds are those of the machine at the time.'
+    text = 'Training alone, medians over seeds; seconds are those of the machine at the time.'
     return Section('Cost', [text], [Table('Cost of training', header, rows, 2)])
 
 
 def _cost(cells: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[str]:
-    steps, tokens, seconds = (_mean(cells, key) for key in ('steps', 'tokens', 'seconds_per_step'))
-    other = _mean(base, 'seconds_per_step') if base else 0
+    steps, tokens, seconds = (_median(cells, key) for key in ('steps', 'tokens', 'seconds_per_step'))
+    other = _median(base, 'seconds_per_step') if base else 0
     return [
         f'{steps:,.0f}',
         f'{tokens:,.0f}',
@@ -47,8 +47,9 @@ def _cost(cells: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]])
     ]
 
 
-def _mean(cells: Iterable[Mapping[str, Any]], key: str) -> float:
-    return float(np.mean([cell[key] for cell in cells]))
+def _median(cells: Iterable[Mapping[str, Any]], key: str) -> float:
+    """Not the mean: a machine that was busy with something else once says nothing of an arm."""
+    return float(np.median([cell[key] for cell in cells]))
 
 
 def from_paper(results: Results, statistics: Statistics) -> list[Section]:
@@ -122,7 +123,7 @@ def making(results: Results) -> Section:
         ['backbone', _distinct(records, lambda record: record['model'])],
         ['seeds', ', '.join(map(str, results.seeds))],
         ['rows evaluated on', '; '.join(f'{task} {split}: {size:,}' for (task, split), size in sizes.items())],
-        ['rows trained on', _by_task(results, 'rows')],
+        ['rows seen in training', _by_task(results, 'rows')],
         ['steps', _by_task(results, 'steps')],
         ['ranks', _distinct(records, lambda record: record.get('world_size', NONE))],
         ['finished', _span([str(record['finished']) for record in records if record.get('finished')])],
