@@ -56,8 +56,8 @@ class Comparison:
     Attributes:
         variables: for interpolation, such as ``${variables.data}``.
         base: a training YAML, by a path relative to this one.
-        tasks: by name, what a task changes in it: the template, the data.
-        arms: by name, what an arm changes in it.
+        tasks: by name, what a task changes in it: the template, the data. ``null`` leaves one out.
+        arms: by name, what an arm changes in it; likewise.
         baseline: the arm that the others are held against.
         seeds: each a run of every task and arm.
         keep_exports: keep each cell's slim classifier; its predictions are kept in any case.
@@ -67,8 +67,8 @@ class Comparison:
     variables: dict[str, Any] = field(default_factory=dict)
     output_dir: str = 'runs/compare/${name}'
     base: str = MISSING
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    arms: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     baseline: str = 'pooled'
     seeds: list[int] = field(default_factory=lambda: [17, 18, 19])
     keep_exports: bool = False
@@ -111,11 +111,17 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     Raises:
         UserError: an unknown or missing key, a wrong type, no arm or task, a baseline that is no arm.
     """
-    given = merge(path, Comparison, read_yaml(path, 'yamls/compare/superglue.yaml'), parse_overrides(overrides))
+    config = merge(path, Comparison, read_yaml(path, 'yamls/compare/superglue.yaml'), parse_overrides(overrides))
     try:
-        comparison: Comparison = OmegaConf.to_object(given)  # pyright: ignore[reportAssignmentType]
+        comparison: Comparison = OmegaConf.to_object(config)  # pyright: ignore[reportAssignmentType]
     except OmegaConfBaseException as error:
         raise UserError(f'{path}: {error.full_key or "config"}: {str(error).strip().splitlines()[0]}') from error
+    for key in ('tasks', 'arms'):
+        given = getattr(comparison, key)
+        kept = {name: changes for name, changes in given.items() if changes is not None}
+        setattr(comparison, key, kept)
+        if left := [name for name in given if name not in kept]:
+            say(f'{path}: {key}: left out, being null: {", ".join(left)}')
     for key in ('tasks', 'arms', 'seeds'):
         if not getattr(comparison, key):
             raise UserError(f'{path}: {key}: found none; expected at least one')

@@ -149,6 +149,15 @@ def test_a_fingerprint_is_of_what_a_result_depends_on(run_folder, tmp_path, chan
     assert (fingerprint({**SHORT, **changes}) == fingerprint(SHORT)) is same
 
 
+def test_null_leaves_a_task_or_an_arm_out_and_says_so(run_folder, tmp_path, capsys):
+    path = write(run_folder, output_dir=str(tmp_path), tasks={'tiny': SHORT, 'other': SHORT}, seeds=[1])
+    cells = build_cells(load_comparison(path, ['tasks.other=null', 'arms.shuffled=null']))
+    assert [cell.key for cell in cells] == [('tiny', 'pooled', 1), ('tiny', 'dhrd', 1)]
+    tasks, arms = capsys.readouterr().out.splitlines()
+    assert tasks.endswith('tasks: left out, being null: other')
+    assert arms.endswith('arms: left out, being null: shuffled')
+
+
 def test_results_of_other_settings_are_refused(straight, run_folder, tmp_path):
     (tmp_path / RESULTS).write_text((straight[1] / RESULTS).read_text())
     with pytest.raises(UserError, match=r'results.jsonl: tiny pooled seed 1 was run with other settings'):
@@ -164,6 +173,7 @@ def test_results_of_other_settings_are_refused(straight, run_folder, tmp_path):
         ({'sedes': [1]}, "sedes: Key 'sedes' not in 'Comparison'"),
         ({'seeds': ['a']}, 'seeds'),
         ({'arms': {}}, 'arms: found none; expected at least one'),
+        ({'tasks': {'tiny': None}}, 'tasks: found none; expected at least one'),
         ({'baseline': 'poled'}, "baseline: found 'poled'; did you mean 'pooled'?"),
         ({'tasks': {'a/b': {}}}, "tasks: found 'a/b'; expected a name of letters"),
         ({'base': 'absent.yaml'}, 'absent.yaml: no such file'),
