@@ -86,11 +86,9 @@ def state(results: Results) -> list[str]:
     """What is missing or too much, a sentence for each; none where all is as it should be."""
     texts = []
     if results.missing:
-        texts.append(f'{len(results.missing)} of {results.planned} cells are missing: {_cells(results.missing)}.')
+        texts.append(f'{len(results.missing)} of {results.planned} cells missing: {_cells(results.missing)}.')
     if results.extra:
-        texts.append(
-            f'{len(results.extra)} cells are not part of the comparison, and left out: {_cells(results.extra)}.'
-        )
+        texts.append(f'Not part of the comparison, and left out: {_cells(results.extra)}.')
     if results.repeated:
         texts.append(f'{results.repeated} results were replaced by later ones of the same cell.')
     return texts

@@ -149,7 +149,7 @@ def test_a_partial_comparison_says_so(tmp_path):
     gone = [('rte', 'dhrd_1', seed) for seed in (17, 18, 19)] + [('cb', 'pooled', 17)]
     html, markdown = reported(make(tmp_path, leave_out=gone, curves=False))
     for text in (html, markdown):
-        assert '4 of 45 cells are missing: cb pooled seed 17, rte dhrd_1 seed 17' in text
+        assert '4 of 45 cells missing: cb pooled seed 17, rte dhrd_1 seed 17' in text
         assert '41 of 45 present, 4 missing, 0 extra' in text
         assert 'Averages are over cb and multirc, which all arms' in text and 'rte is left out' in text
         assert re.search(r'\(2\sseeds\)', text)
@@ -161,7 +161,7 @@ def test_a_comparison_that_has_hardly_begun(tmp_path, cells):
     lines = [line('a', 'arm', 1, [0, 1, 1], [0, 1, 0])][:cells]
     html, _ = reported(write(tmp_path, lines, plan))
     assert answer(tmp_path).startswith('Nothing can be said yet')
-    assert f'{2 - cells} of 2 cells are missing' in html
+    assert f'{2 - cells} of 2 cells missing' in html
     assert ('66.7 [0.0' in html) == bool(cells)
 
 
