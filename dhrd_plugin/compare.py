@@ -111,16 +111,18 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     Raises:
         UserError: an unknown or missing key, a wrong type, no arm or task, a baseline that is no arm.
     """
-    config = merge(path, Comparison, read_yaml(path, 'yamls/compare/superglue.yaml'), parse_overrides(overrides))
+    given = read_yaml(path, 'yamls/compare/superglue.yaml')
+    plain: Any = OmegaConf.to_container(given)
+    config = merge(path, Comparison, given, parse_overrides(_whole_names(overrides, plain)))
     try:
         comparison: Comparison = OmegaConf.to_object(config)  # pyright: ignore[reportAssignmentType]
     except OmegaConfBaseException as error:
         raise UserError(f'{path}: {error.full_key or "config"}: {str(error).strip().splitlines()[0]}') from error
     for key in ('tasks', 'arms'):
-        given = getattr(comparison, key)
-        kept = {name: changes for name, changes in given.items() if changes is not None}
+        planned = getattr(comparison, key)
+        kept = {name: changes for name, changes in planned.items() if changes is not None}
         setattr(comparison, key, kept)
-        if left := [name for name in given if name not in kept]:
+        if left := [name for name in planned if name not in kept]:
             say(f'{path}: {key}: left out, being null: {", ".join(left)}')
     for key in ('tasks', 'arms', 'seeds'):
         if not getattr(comparison, key):
@@ -134,6 +136,17 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         raise UserError(f'{path}: baseline: found {baseline!r}; {nearest(baseline, arms)}')
     comparison.base = str(Path(path).parent / comparison.base)
     return comparison
+
+
+def _whole_names(overrides: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+    """``arms.dhrd_0.3=null`` as ``arms[dhrd_0.3]=null``: a dot in the name of a task or an arm parts no keys."""
+    found = list(overrides)
+    for key in ('tasks', 'arms'):
+        names = [str(name) for name in given[key]] if isinstance(given.get(key), dict) else []
+        for name in sorted(names, key=len, reverse=True):
+            dotted = rf'^{key}\.{re.escape(name)}(?=[.=])'
+            found = [re.sub(dotted, f'{key}[{name}]', override) for override in found]
+    return found
 
 
 def build_cells(comparison: Comparison, where: str = 'comparison') -> list[Cell]:

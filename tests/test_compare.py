@@ -158,6 +158,13 @@ def test_null_leaves_a_task_or_an_arm_out_and_says_so(run_folder, tmp_path, caps
     assert arms.endswith('arms: left out, being null: shuffled')
 
 
+def test_a_dot_in_the_name_of_an_arm_is_part_of_it(run_folder, tmp_path):
+    arms = {'pooled': None, 'dhrd_0': {}, 'dhrd_0.3': {}}
+    path = write(run_folder, output_dir=str(tmp_path), arms=arms, baseline='dhrd_0')
+    assert list(load_comparison(path, ['arms.dhrd_0.3=null']).arms) == ['dhrd_0']
+    assert load_comparison(path, ['arms.dhrd_0.3.seed=5']).arms == {'dhrd_0': {}, 'dhrd_0.3': {'seed': 5}}
+
+
 def test_results_of_other_settings_are_refused(straight, run_folder, tmp_path):
     (tmp_path / RESULTS).write_text((straight[1] / RESULTS).read_text())
     with pytest.raises(UserError, match=r'results.jsonl: tiny pooled seed 1 was run with other settings'):
