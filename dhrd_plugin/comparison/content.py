@@ -83,8 +83,10 @@ def listed(names: Sequence[str]) -> str:
 
 
 def state(results: Results) -> list[str]:
-    """What is missing or too much, a sentence for each; none where all is as it should be."""
+    """What is missing, too much or learnt nothing, a sentence for each; none where all is as it should be."""
     texts = []
+    if constant := _constant(results):
+        texts.append(f'The same label for every row, whatever it says: {_cells(constant)}.')
     if results.missing:
         texts.append(f'{len(results.missing)} of {results.planned} cells missing: {_cells(results.missing)}.')
     if results.extra:
@@ -92,6 +94,17 @@ def state(results: Results) -> list[str]:
     if results.repeated:
         texts.append(f'{results.repeated} results were replaced by later ones of the same cell.')
     return texts
+
+
+def _constant(results: Results) -> list[Cell]:
+    """The cells whose classifier tells no rows apart: a gain over one, or its loss, says little else."""
+    return [
+        (rows[0], arm, seed)
+        for rows in results.main_sets
+        for arm in results.arms
+        for seed, record in results.cells(rows, arm).items()
+        if len(set(record['predictions'])) == 1 < len(set(record['labels']))
+    ]
 
 
 def _cells(cells: Sequence[Cell]) -> str:

@@ -165,6 +165,16 @@ def test_a_comparison_that_has_hardly_begun(tmp_path, cells):
     assert ('66.7 [0.0' in html) == bool(cells)
 
 
+def test_a_classifier_that_tells_no_rows_apart_is_named(tmp_path):
+    lines = [
+        line('a', 'pooled', 1, [0, 1, 1, 0], [1, 1, 1, 1]),
+        line('a', 'arm', 1, [0, 1, 1, 0], [0, 1, 1, 1]),
+        line('one class', 'pooled', 1, [1, 1], [1, 1]),
+    ]
+    for text in reported(write(tmp_path, lines)):
+        assert 'The same label for every row, whatever it says: a pooled seed 1.' in text
+
+
 def test_everything_from_the_data_is_escaped(tmp_path, browser):
     labels, more = (
         [0, 1, 1, 0],
