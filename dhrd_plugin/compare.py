@@ -112,8 +112,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         UserError: an unknown or missing key, a wrong type, no arm or task, a baseline that is no arm.
     """
     given = read_yaml(path, 'yamls/compare/superglue.yaml')
-    plain: Any = OmegaConf.to_container(given)
-    config = merge(path, Comparison, given, parse_overrides(_whole_names(overrides, plain)))
+    config = merge(path, Comparison, given, parse_overrides(_whole_names(overrides, given)))
     try:
         comparison: Comparison = OmegaConf.to_object(config)  # pyright: ignore[reportAssignmentType]
     except OmegaConfBaseException as error:
@@ -138,12 +137,14 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     return comparison
 
 
-def _whole_names(overrides: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+def _whole_names(overrides: Sequence[str], given: DictConfig) -> list[str]:
     """``arms.dhrd_0.3=null`` as ``arms[dhrd_0.3]=null``: a dot in the name of a task or an arm parts no keys."""
     found = list(overrides)
+    plain: Any = OmegaConf.to_container(given)
     for key in ('tasks', 'arms'):
-        names = [str(name) for name in given[key]] if isinstance(given.get(key), dict) else []
-        for name in sorted(names, key=len, reverse=True):
+        names = plain.get(key)
+        longest_first = sorted(map(str, names), key=len, reverse=True) if isinstance(names, dict) else ()
+        for name in longest_first:
             dotted = rf'^{key}\.{re.escape(name)}(?=[.=])'
             found = [re.sub(dotted, f'{key}[{name}]', override) for override in found]
     return found
