@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -371,13 +373,20 @@ def wait_for(condition, seconds=120):
         time.sleep(0.02)
 
 
-def memory_of(folder: Path) -> set[str]:
-    """The names in shared memory of datasets that read ``folder``, by whatever links."""
+def shared_memory(names: str = '*') -> set[tuple[str, int]]:
+    """Names and inodes in shared memory: a name that was freed soon belongs to another test's dataset."""
+    with os.scandir('/dev/shm') as segments:
+        return {(segment.name, segment.inode()) for segment in segments if fnmatch(segment.name, names)}
+
+
+def memory_of(folder: Path) -> set[tuple[str, int]]:
+    """What is in shared memory of datasets that read ``folder``, by whatever links."""
     found = set()
     for segment in Path('/dev/shm').glob('[0-9]*_locals'):
-        names = map(os.fsdecode, segment.read_bytes()[4:].split(b'\0'))
-        if any(os.path.realpath(name) == str(folder) for name in names):
-            found |= {other.name for other in Path('/dev/shm').glob(f'{segment.name[:6]}_*')}
+        with suppress(FileNotFoundError):  # another test's, which has ended
+            names = map(os.fsdecode, segment.read_bytes()[4:].split(b'\0'))
+            if any(os.path.realpath(name) == str(folder) for name in names):
+                found |= shared_memory(f'{segment.name[:6]}_*')
     return found
 
 
@@ -391,10 +400,10 @@ def test_a_killed_run_is_in_nobodys_way(on_disk, remote, tmp_path, start):
     assert left
     os.killpg(killed.pid, signal.SIGKILL)
     killed.join()
-    for name in {name[:6] for name in left}:  # with them Streaming would not look; a cleaner of /tmp takes them
+    for name in {name[:6] for name, _ in left}:  # with them Streaming would not look; a cleaner of /tmp takes them
         for lock in Path('/tmp').glob(f'{name}_*_filelock'):
             lock.unlink()
-    assert {path.name for path in Path('/dev/shm').iterdir()} >= left
+    assert shared_memory() >= left
 
     where[-1] = 'train_loader.num_workers=0'
     again = start(tmp_path / 'again', *where)
@@ -402,7 +411,7 @@ def test_a_killed_run_is_in_nobodys_way(on_disk, remote, tmp_path, start):
     assert again.exitcode == 0
     assert (tmp_path / 'again' / 'slim' / 'model.safetensors').read_bytes() == on_disk.weights
     cache._run_folder(-1)  # what the start of any run frees, the second one having ended without its exit handlers
-    assert not {path.name for path in Path('/dev/shm').iterdir()} & left
+    assert not shared_memory() & left
 
 
 def test_runs_side_by_side_read_one_cache(on_disk, remote, tmp_path, start):
