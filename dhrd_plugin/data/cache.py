@@ -198,7 +198,7 @@ def _free_what_killed_runs_left(root: Path) -> None:
             if not runs or not all(map(_is_gone, runs)):
                 continue
             prefix = path.name.removesuffix(LOCALS)
-            for name in SHM_TO_CLEAN:
+            for name in reversed(SHM_TO_CLEAN):  # the locals last: by them the next start goes on if this one is killed
                 (SHARED_MEMORY / f'{prefix}{name}').unlink(missing_ok=True)
             for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
                 Path(tempfile.gettempdir(), f'{prefix}{name}').unlink(missing_ok=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from streaming import MDSWriter
+from streaming.base.constant import LOCALS, SHM_TO_CLEAN
+from streaming.base.shared.prefix import _pack_locals
 from streaming.base.storage import download
 from tiny import LABELS, triplet
 from torch.utils.data import DataLoader
@@ -312,3 +314,23 @@ def test_memory_of_a_run_that_lives_is_not_freed(tmp_path):
         cache._free_what_killed_runs_left(cache._root())
     assert segments and segments <= {path.name for path in Path('/dev/shm').iterdir()}
     assert sorted(row['label'] for row in data) == sorted(3 * LABELS)
+
+
+def test_a_start_that_is_killed_while_it_frees_leaves_the_rest_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, 'SHARED_MEMORY', tmp_path)
+    for name in SHM_TO_CLEAN:
+        (tmp_path / f'999983_{name}').touch()
+    (tmp_path / f'999983_{LOCALS}').write_bytes(_pack_locals([f'{cache._root()}/gone/set'], 999983))
+    remove = Path.unlink
+
+    def killed_at_the_third(path, missing_ok=False):
+        if len(list(tmp_path.iterdir())) == len(SHM_TO_CLEAN) - 2:
+            raise KeyboardInterrupt
+        remove(path, missing_ok)
+
+    with cache.machine_lock(), monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, 'unlink', killed_at_the_third)
+        cache._free_what_killed_runs_left(cache._root())
+    with cache.machine_lock():
+        cache._free_what_killed_runs_left(cache._root())
+    assert not list(tmp_path.iterdir())
