@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -24,7 +23,7 @@ from transformers.utils import logging
 
 from dhrd_plugin.cli import run
 from dhrd_plugin.comparison import write_report
-from dhrd_plugin.comparison.results import read_lines
+from dhrd_plugin.comparison.results import read_lines, read_results
 from dhrd_plugin.config import (
     as_dict,
     changed,
@@ -44,7 +43,7 @@ from dhrd_plugin.ranks import on_rank_zero
 from dhrd_plugin.summary import say
 from dhrd_plugin.training import check_limits, train
 
-RESULTS = 'results.jsonl'
+PLAN, RESULTS = 'comparison.yaml', 'results.jsonl'
 # Where a run writes, and what it says meanwhile, is not what it finds.
 UNSEEN = ('run_name', 'output_dir', 'loggers', 'progress_bar', 'log_to_console', 'console_log_interval')
 
@@ -225,7 +224,7 @@ def compare(comparison: Comparison, where: str = 'comparison') -> Path:
 
 def _write_comparison(comparison: Comparison, folder: Path) -> None:
     settings = OmegaConf.create(without_secrets(asdict(comparison)))
-    write_bytes(folder / 'comparison.yaml', OmegaConf.to_yaml(settings).encode())
+    write_bytes(folder / PLAN, OmegaConf.to_yaml(settings).encode())
 
 
 def _done(path: Path, cells: Sequence[Cell]) -> set[tuple[str, str, int]]:
@@ -345,15 +344,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('yaml', help='a comparison, such as yamls/compare/superglue.yaml')
     parser.add_argument('overrides', nargs='*', help='key=value')
     parser.add_argument('--report', action='store_true', help='only write the report of the cells that are there')
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may stand on either side of --report
     return run(lambda: _compare(args))
 
 
 def _compare(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     comparison = load_comparison(args.yaml, args.overrides)
-    if not args.report:
+    if args.report:
+        _check_plan(comparison, args.yaml)
+    else:
         compare(comparison, args.yaml)
     if dist.get_global_rank() == 0:
         for path in write_report(Path(comparison.output_dir)):
             print(f'report: {path}')
+
+
+def _check_plan(comparison: Comparison, where: str) -> None:
+    """A report is of the plan that was run; one that has changed since must not be left out in silence."""
+    folder = Path(comparison.output_dir)
+    stored = read_results(folder)
+    for key, wanted in {
+        'tasks': list(comparison.tasks),
+        'arms': list(comparison.arms),
+        'baseline': comparison.baseline,
+        'seeds': comparison.seeds,
+    }.items():
+        if (found := getattr(stored, key)) != wanted:
+            raise UserError(
+                f'{folder / PLAN}: {key}: found {found!r}, where {where} has {wanted!r} by now; '
+                'run it without --report, which trains only what is missing'
+            )

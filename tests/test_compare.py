@@ -1,4 +1,5 @@
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from runs import finish, kill, launch, wait_for, write_run
 
-from dhrd_plugin.compare import RESULTS, build_cells, compare, load_comparison, main
+from dhrd_plugin.compare import PLAN, RESULTS, build_cells, compare, load_comparison, main
 from dhrd_plugin.comparison.results import read_lines
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError
@@ -172,6 +173,26 @@ def test_results_of_other_settings_are_refused(straight, run_folder, tmp_path):
     (tmp_path / RESULTS).write_text('{"task": "tiny"}\n')
     with pytest.raises(UserError, match=r'results.jsonl, line 1: arm: found'):
         compare(load(run_folder, tmp_path))
+
+
+@pytest.mark.parametrize(
+    'override, message',
+    [
+        ('baseline=dhrd', "baseline: found 'pooled', where "),
+        ('arms.shuffled=null', "arms: found ['pooled', 'dhrd', 'shuffled'], where "),
+        ('seeds=[1]', 'seeds: found [1, 2], where '),
+    ],
+)
+def test_a_report_is_of_the_plan_that_was_run(straight, run_folder, tmp_path, capsys, override, message):
+    for name in (PLAN, RESULTS):
+        shutil.copy(straight[1] / name, tmp_path)
+    command = [str(write(run_folder)), f'output_dir={tmp_path}', '--report']
+    assert main([*command, override]) == 2
+    error = capsys.readouterr().err
+    assert f'{PLAN}: {message}' in error and error.count('\n') == 1
+    assert not (tmp_path / 'report.md').exists()
+    assert main(command) == 0
+    assert (tmp_path / 'report.md').exists()
 
 
 @pytest.mark.parametrize(
