@@ -60,7 +60,11 @@ def open_bare(place: Place, batch: int) -> StreamingDataset:
         where: dict[str, Any] = {'local': str(cache.link(Path(place.address)))}
     else:
         where = {'remote': place.address, 'local': str(place.caches / f'bare{next(_numbers)}')}
-    return StreamingDataset(batch_size=batch, shuffle=True, **where)
+    with cache.machine_lock():
+        data = StreamingDataset(batch_size=batch, shuffle=True, **where)
+    for stream in data.streams:
+        stream._downloader.clean_up()  # workers that inherit its connection get each other's shards
+    return data
 
 
 def load_ours(
