@@ -10,8 +10,8 @@ import time
 import pytest
 from real import COUNTS, CREAK
 from streaming import LocalDataset, StreamingDataset
-from streaming.base.util import clean_stale_shared_memory
 
+from dhrd_plugin.data.cache import machine_lock
 from dhrd_plugin.data.inspection import inspect_set
 from dhrd_plugin.data.prepare import main
 from dhrd_plugin.data.publish import publish
@@ -251,9 +251,10 @@ def test_a_kill_leaves_the_old_set(root, tmp_path, sent):
 
 
 def read_remote(remote, local):
-    clean_stale_shared_memory()
     options = {'batch_size': 1, 'shuffle': False, 'validate_hash': 'sha1'}
-    return list(StreamingDataset(remote=remote, local=str(local), **options))
+    with machine_lock():
+        data = StreamingDataset(remote=remote, local=str(local), **options)
+    return list(data)
 
 
 def test_written_to_s3_and_read_from_there(s3, tmp_path, capsys):

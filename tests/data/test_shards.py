@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming import LocalDataset, MDSWriter, StreamingDataset
-from streaming.base.util import clean_stale_shared_memory
 
+from dhrd_plugin.data.cache import machine_lock
 from dhrd_plugin.data.shards import (
     COLUMNS,
     cached_shards,
@@ -111,16 +111,17 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path, compression):
 
 
 def test_streaming_reads_them_and_checks_the_hash(tmp_path):
-    clean_stale_shared_memory()
     write_triplets(rows(50), tmp_path / 'set')
     options = {'batch_size': 1, 'shuffle': False, 'validate_hash': 'sha1'}
-    data = StreamingDataset(remote=str(tmp_path / 'set'), local=str(tmp_path / 'copy'), **options)
+    with machine_lock():
+        data = StreamingDataset(remote=str(tmp_path / 'set'), local=str(tmp_path / 'copy'), **options)
     assert [row['id'] for row in data] == [str(index) for index in range(50)]
     shard = tmp_path / 'set' / 'shard.00000.mds'
     content = bytearray(shard.read_bytes())
     content[-10] ^= 1
     shard.write_bytes(content)
-    data = StreamingDataset(remote=str(tmp_path / 'set'), local=str(tmp_path / 'again'), **options)
+    with machine_lock():
+        data = StreamingDataset(remote=str(tmp_path / 'set'), local=str(tmp_path / 'again'), **options)
     with pytest.raises(ValueError, match=r'Checksum failure: .*shard.00000.mds'):
         data[0]
 
