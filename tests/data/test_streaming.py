@@ -4,7 +4,6 @@ from collections import Counter
 
 import pytest
 from streaming import LocalDataset, MDSWriter
-from streaming.base.util import clean_stale_shared_memory
 from tiny import LABELS, tiny_tokenizer, triplet, triplets
 from torch.utils.data import DataLoader
 
@@ -14,11 +13,6 @@ from dhrd_plugin.data.streaming import MapTriplets, StreamingTripletDataset, dra
 from dhrd_plugin.errors import UserError
 
 MANY = [f'w{i}' for i in range(5)]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def shared_memory():
-    clean_stale_shared_memory()
 
 
 @pytest.fixture(scope='module')
