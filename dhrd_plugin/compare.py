@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from dhrd_plugin.cli import run
 from dhrd_plugin.comparison import write_report
-from dhrd_plugin.comparison.results import read_lines, read_results
+from dhrd_plugin.comparison.results import PLAN, RESULTS, read_lines, read_plan
 from dhrd_plugin.config import (
     as_dict,
     changed,
@@ -43,7 +43,6 @@ from dhrd_plugin.ranks import on_rank_zero
 from dhrd_plugin.summary import say
 from dhrd_plugin.training import check_limits, train
 
-PLAN, RESULTS = 'comparison.yaml', 'results.jsonl'
 # Where a run writes, and what it says meanwhile, is not what it finds.
 UNSEEN = ('run_name', 'output_dir', 'loggers', 'progress_bar', 'log_to_console', 'console_log_interval')
 
@@ -362,16 +361,17 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _check_plan(comparison: Comparison, where: str) -> None:
     """A report is of the plan that was run; one that has changed since must not be left out in silence."""
-    folder = Path(comparison.output_dir)
-    stored = read_results(folder)
+    path = Path(comparison.output_dir) / PLAN
+    stored, _ = read_plan(path)
     for key, wanted in {
         'tasks': list(comparison.tasks),
         'arms': list(comparison.arms),
         'baseline': comparison.baseline,
         'seeds': comparison.seeds,
     }.items():
-        if (found := getattr(stored, key)) != wanted:
+        found = type(wanted)(stored[key])  # of tasks and arms, the names
+        if found != wanted:
             raise UserError(
-                f'{folder / PLAN}: {key}: found {found!r}, where {where} has {wanted!r} by now; '
+                f'{path}: {key}: found {found!r}, where {where} has {wanted!r} by now; '
                 'run it without --report, which trains only what is missing'
             )

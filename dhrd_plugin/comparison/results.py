@@ -11,7 +11,9 @@ import yaml
 from dhrd_plugin.data.tasks import METRICS
 from dhrd_plugin.errors import UserError, nearest
 
-__all__ = ['Cell', 'Results', 'Rows', 'read_lines', 'read_results']
+__all__ = ['PLAN', 'RESULTS', 'Cell', 'Results', 'Rows', 'read_lines', 'read_plan', 'read_results']
+
+PLAN, RESULTS = 'comparison.yaml', 'results.jsonl'
 
 KINDS: dict[str, Any] = {
     'task': str,
@@ -102,9 +104,9 @@ def read_results(folder: Path) -> Results:
     Raises:
         UserError: a file that is missing or broken, or cells of a task that saw different rows.
     """
-    plan, text = _read_plan(folder / 'comparison.yaml')
+    plan, text = read_plan(folder / PLAN)
     tasks, arms, seeds = list(plan['tasks']), list(plan['arms']), list(plan['seeds'])
-    lines = read_lines(folder / 'results.jsonl')
+    lines = read_lines(folder / RESULTS)
     wanted = [(task, arm, seed) for task in tasks for arm in arms for seed in seeds]
     found = {(line['task'], line['arm'], line['seed']): None for line in lines}
     kept = [line for line in lines if (line['task'], line['arm'], line['seed']) in set(wanted)]
@@ -126,7 +128,12 @@ def read_results(folder: Path) -> Results:
     )
 
 
-def _read_plan(path: Path) -> tuple[Mapping[str, Any], str]:
+def read_plan(path: Path) -> tuple[Mapping[str, Any], str]:
+    """A ``comparison.yaml``, checked, and its text.
+
+    Raises:
+        UserError: it is missing, broken, or lacks tasks, arms, seeds or a baseline among the arms.
+    """
     try:
         text = path.read_text(encoding='utf-8')
         plan = yaml.safe_load(text)
