@@ -4,18 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss
-    from dhrd_plugin.callbacks.drop_reasoning_head import DropReasoningHead
-    from dhrd_plugin.callbacks.gradient_comparison import GradientComparison
-    from dhrd_plugin.config import load_config
-    from dhrd_plugin.data.collation import TripletCollator
-    from dhrd_plugin.data.rationale_collator import RationaleCollator
-    from dhrd_plugin.data.shards import write_triplets
-    from dhrd_plugin.data.streaming import StreamingTripletDataset
-    from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
-    from dhrd_plugin.models.network import DualHeadNetwork
-    from dhrd_plugin.models.surgery import apply_reasoning_head
-    from dhrd_plugin.training import train
+    from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss as AuxiliaryReasoningLoss
+    from dhrd_plugin.callbacks.drop_reasoning_head import DropReasoningHead as DropReasoningHead
+    from dhrd_plugin.callbacks.gradient_comparison import GradientComparison as GradientComparison
+    from dhrd_plugin.data.collator import TripletCollator as TripletCollator
+    from dhrd_plugin.data.rationale_collator import RationaleCollator as RationaleCollator
+    from dhrd_plugin.data.shards import write_triplets as write_triplets
+    from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier as ComposerDualHeadClassifier
+    from dhrd_plugin.models.network import DualHeadNetwork as DualHeadNetwork
+    from dhrd_plugin.models.reasoning_head import apply_reasoning_head as apply_reasoning_head
+    from dhrd_plugin.streams.dataset import StreamingTripletDataset as StreamingTripletDataset
+    from dhrd_plugin.training.config import load_config as load_config
+    from dhrd_plugin.training.run import train as train
+
+__version__ = '0.2.0'
 
 _WHERE = {
     'AuxiliaryReasoningLoss': 'algorithms.auxiliary_reasoning_loss',
@@ -24,28 +26,14 @@ _WHERE = {
     'DualHeadNetwork': 'models.network',
     'GradientComparison': 'callbacks.gradient_comparison',
     'RationaleCollator': 'data.rationale_collator',
-    'StreamingTripletDataset': 'data.streaming',
-    'TripletCollator': 'data.collation',
-    'apply_reasoning_head': 'models.surgery',
-    'load_config': 'config',
-    'train': 'training',
+    'StreamingTripletDataset': 'streams.dataset',
+    'TripletCollator': 'data.collator',
+    'apply_reasoning_head': 'models.reasoning_head',
+    'load_config': 'training.config',
+    'train': 'training.run',
     'write_triplets': 'data.shards',
 }
-
-__all__ = [
-    'AuxiliaryReasoningLoss',
-    'ComposerDualHeadClassifier',
-    'DropReasoningHead',
-    'DualHeadNetwork',
-    'GradientComparison',
-    'RationaleCollator',
-    'StreamingTripletDataset',
-    'TripletCollator',
-    'apply_reasoning_head',
-    'load_config',
-    'train',
-    'write_triplets',
-]
+__all__ = [*_WHERE]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

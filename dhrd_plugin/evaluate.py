@@ -1,134 +1,127 @@
-"""How good a classifier is on rows with labels: its metrics, class by class, and how far to trust what it claims."""
+"""Evaluate a classifier on rows with labels: its metrics, each class, and how well its probabilities are calibrated."""
 
 import argparse
 import json
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import (
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
-from transformers import AutoTokenizer
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 from transformers.utils import logging
 
-from dhrd_plugin.cli import run
-from dhrd_plugin.data.inspection import read_shards
-from dhrd_plugin.data.remote import is_remote
+from dhrd_plugin import files, ranks
+from dhrd_plugin.cli import Parser, number, run
+from dhrd_plugin.data.inspect import read_shards
 from dhrd_plugin.data.tasks import Task, load_task
-from dhrd_plugin.data.triplets import Triplet, read_triplets
-from dhrd_plugin.errors import UserError
-from dhrd_plugin.files import write_bytes, write_json
+from dhrd_plugin.data.triplet import Triplet
+from dhrd_plugin.data.triplets import read_triplets
+from dhrd_plugin.errors import UserError, user_errors
+from dhrd_plugin.export.load import Classifier, open_classifier
 from dhrd_plugin.metrics import build_metrics
-from dhrd_plugin.models.load import load_slim
-from dhrd_plugin.models.onnx import OnnxClassifier
 from dhrd_plugin.predict import predict
+from dhrd_plugin.streams.index import INDEX
+from dhrd_plugin.streams.remote import is_remote
 
+FILES = ('report.json', 'predictions.jsonl', 'confusion.png', 'reliability.png')  # of an evaluation
 BINS = 15  # of the calibration error and the reliability curve
-HERE: dict[str, Any] = {'sync_on_compute': False}  # a rank that reports has the rows of all
+FEW = 12  # classes, whose confusion has a column each in the table and a number in each cell of the picture
+MOST_TICKS = 120  # names beside the picture; of more classes every second is named, and so on
+LONGEST_NAME = 40  # of a class, in the table and the picture
+HERE: dict[str, Any] = {'sync_on_compute': False}  # the rank that reports has all rows
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """Anything that turns texts into class probabilities.
-
-    Attributes:
-        model: a Hugging Face classifier, or an ONNX file that looks like one.
-        tokenizer: its tokenizer.
-        label_names: the K class names, in the order of the logits.
-        task: the template that was stored with it, if one was.
-    """
-
-    model: Any
-    tokenizer: Any
-    label_names: list[str]
-    task: Mapping[str, Any] | None
-
-
-@contextmanager
-def open_classifier(place: str) -> Iterator[Classifier]:
-    """A slim export, another Hugging Face classifier, an ONNX file, or a Composer checkpoint.
+def report_on(
+    model: str | Path,
+    data: Sequence[str | Path],
+    task: str | None = None,
+    split: str | None = None,
+    output: str | Path | None = None,
+    batch_size: int = 32,
+) -> dict[str, Any] | None:
+    """Evaluate a classifier on rows with labels, as ``dhrd evaluate`` does. Every rank has to call it.
 
     Args:
-        place: a folder with ``config.json``; a ``.onnx`` file in such a folder; a checkpoint, full or
-            sharded, here or in an object store.
+        model: see :func:`~dhrd_plugin.export.load.open_classifier`.
+        data: where the rows are (:func:`read_data`); several places are read as one set.
+        task: a shipped task or a template. Default: the one stored with the model.
+        split: of a task's folder or a hub data set.
+        output: a folder for ``report.json``, ``predictions.jsonl`` and two PNGs, which replace those of an earlier
+            report when all are finished; what else is there stays. Default: nothing is written.
+        batch_size: rows to a forward pass, at most. Default: 32.
+
+    Returns:
+        On rank 0 the report of :func:`evaluate`; elsewhere ``None``.
 
     Raises:
-        UserError: it is none of these.
+        UserError: the classifier or the rows cannot be read, or do not fit each other; ``output`` cannot be written,
+            or has files of these names that are not ours.
     """
-    if is_checkpoint(place):
-        from dhrd_plugin.export import export_checkpoint
-
-        with tempfile.TemporaryDirectory() as scratch:
-            yield _from_folder(export_checkpoint(place, Path(scratch) / 'slim'))
-    elif place.endswith('.onnx') and Path(place).is_file():
-        yield _from_folder(Path(place).parent, onnx=Path(place))
-    elif (Path(place) / 'config.json').is_file():
-        yield _from_folder(Path(place))
-    else:
-        raise UserError(f'{place}: expected a folder with config.json, a .onnx file or a Composer checkpoint')
-
-
-def is_checkpoint(place: str) -> bool:
-    """Whether a place looks like a checkpoint of Composer."""
-    return is_remote(place) or (Path(place) / '.metadata').is_file() or (place.endswith('.pt') and Path(place).exists())
-
-
-def _from_folder(folder: Path, onnx: Path | None = None) -> Classifier:
-    if not (folder / 'config.json').is_file():
-        raise UserError(f'{folder}: no config.json beside {onnx}; expected the folder that it was exported to')
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    model = load_slim(folder) if onnx is None else OnnxClassifier(onnx)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    names = config.get('id2label') or {str(i): f'LABEL_{i}' for i in range(model.config.num_labels)}
-    return Classifier(model, tokenizer, [names[key] for key in sorted(names, key=int)], _task_of(config))
+    if output:
+        _check_report_extra()
+    ranks.initialize()
+    if output:
+        _check_output(output, {'the model': model, '--task': task, **{f'the data {place}': place for place in data}})
+    classifier = open_classifier(model)
+    spec = task or classifier.task
+    if spec is None:
+        raise UserError(f'--task: missing; {model} has none stored with it')
+    template = load_task(spec)
+    label_order(classifier.label_names, template.label_names)
+    rows = [row for place in data for row in _checked(read_data(place, template, split), template, place)]
+    if not rows:
+        raise UserError(f'{", ".join(map(str, data))}: found no rows')
+    probabilities = predict_rows(classifier, rows, template, batch_size)
+    if ranks.rank() != 0:
+        return None
+    report = evaluate(probabilities, rows, template)
+    if output:
+        _write(report, predictions(probabilities, rows, template), Path(output))
+    return report
 
 
-def _task_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    return (config.get('dhrd') or {}).get('task')
+def _checked(rows: list[Triplet], task: Task, place: str | Path) -> list[Triplet]:
+    """The rows that the metrics count: not those that have only probabilities. Shards may hold any label, or none."""
+    rows = [row for row in rows if row['label'] or row['probabilities'] is None]
+    for row in rows:
+        if row['label'] not in task.answers:
+            names = ', '.join(task.label_names)
+            raise UserError(f'{place}, row {row["id"]}: label: found {row["label"]!r}; expected one of {names}')
+        if 'em' in task.metrics and not row['group']:
+            raise UserError(f'{place}, row {row["id"]}: group: missing; exact match (em) counts rows by their group')
+    return rows
 
 
-def read_data(place: str, task: Task, split: str | None = None) -> list[Triplet]:
-    """The rows of a file, a task's folder, the hub, or a set of shards, here or in an object store."""
-    if is_remote(place) or (Path(place) / 'index.json').is_file():
+def read_data(place: str | Path, task: Task, split: str | None = None) -> list[Triplet]:
+    """Read the rows of a file, a task's folder, the hub, or a set of shards, here or in an object store."""
+    if is_remote(place) or (Path(place) / INDEX).is_file():
         return [row for _, rows in read_shards(place) for row in rows]
-    return list(read_triplets(place, task, split=split))
+    return list(read_triplets(str(place), task, split=split))
 
 
 def predict_rows(classifier: Classifier, rows: Sequence[Triplet], task: Task, batch_size: int = 32) -> Tensor:
-    """[N, K] probabilities in the order of the task's labels; the ranks share the rows, each of which is read once.
-
-    Raises:
-        UserError: the classifier's labels are not the task's.
-    """
-    from composer.utils import dist
-
-    order = label_order(classifier.label_names, task.label_names)
-    rank, ranks = dist.get_global_rank(), dist.get_world_size()
-    texts = [row['input_text'] for row in rows[rank::ranks]]
-    mine = predict(classifier.model, classifier.tokenizer, texts, batch_size) if texts else torch.zeros(0, len(order))
+    """[N, K] probabilities of N rows, in the order of the task's labels; every rank calls it with the same rows."""
+    order, step = label_order(classifier.label_names, task.label_names), ranks.world_size()
+    mine = rows[ranks.rank() :: step]
+    texts, places = [row['input_text'] for row in mine], [f'row {row["id"]}' for row in mine]
+    found: Tensor | str = torch.zeros(0, len(order))
+    try:
+        if mine:
+            found = predict(classifier.model, classifier.tokenizer, texts, batch_size, places)
+    except UserError as error:  # told by all ranks: none waits for one that has gone
+        found = str(error)
     probabilities = torch.zeros(len(rows), len(order))
-    for index, part in enumerate(dist.all_gather_object(mine)):
-        probabilities[index::ranks] = part[:, order] if len(part) else part
+    for index, part in enumerate(ranks.gather(found)):
+        if isinstance(part, str):
+            raise UserError(part)
+        probabilities[index::step] = part[:, order]
     return probabilities
 
 
 def label_order(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    """Where each of the task's labels stands among a classifier's.
-
-    Raises:
-        UserError: they are not the same labels.
-    """
-    if list(found) == [f'LABEL_{i}' for i in range(len(wanted))]:  # named by nobody
+    """The index of each of the task's labels among a classifier's, which are in the order of its logits."""
+    if list(found) == [f'LABEL_{i}' for i in range(len(wanted))]:  # transformers' names where nobody gave any
         return list(range(len(wanted)))
     if sorted(found) != sorted(wanted):
         raise UserError(f"labels: the classifier has {list(found)}; expected the task's {list(wanted)}")
@@ -139,7 +132,7 @@ def label_order(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
 
 
 def evaluate(probabilities: Tensor, rows: Sequence[Triplet], task: Task) -> dict[str, Any]:
-    """Everything that is reported, as plain data.
+    """Make the report, as plain data.
 
     Args:
         probabilities: [N, K], in the order of the task's labels.
@@ -147,18 +140,21 @@ def evaluate(probabilities: Tensor, rows: Sequence[Triplet], task: Task) -> dict
         task: names the metrics.
 
     Returns:
-        ``rows``; ``metrics``, the task's own (PAPER, Table 4), accuracy and macro-F1; ``classes`` with precision,
-        recall and support of each; ``confusion`` [K, K], rows are the true classes; ``calibration``
-        with the expected calibration error and, for each of 15 bins of the confidence that has rows, its
-        mean, the share that is right, and the count.
+        ``rows``, their number; ``label_names``; ``task_metrics``, the names of the task's own metrics (PAPER,
+        Table 4); ``metrics``, these, accuracy and macro-F1; ``classes``, precision, recall and support of each;
+        ``confusion`` [K, K], rows are the true classes; ``calibration``, the expected calibration error and,
+        for each of 15 bins of the confidence that has rows, its mean, the accuracy, and the number of rows.
     """
     names = list(task.label_names)
     labels = torch.tensor([names.index(row['label']) for row in rows])
+    confusion = MulticlassConfusionMatrix(len(names), **HERE)(probabilities, labels)
     return {
         'rows': len(rows),
+        'label_names': names,
+        'task_metrics': list(task.metrics),
         'metrics': _metrics(probabilities, labels, rows, task),
-        'classes': _by_class(probabilities, labels, names),
-        'confusion': MulticlassConfusionMatrix(len(names), **HERE)(probabilities, labels).tolist(),
+        'classes': _by_class(confusion, names),
+        'confusion': confusion.tolist(),
         'calibration': {
             'ece': float(MulticlassCalibrationError(len(names), n_bins=BINS, **HERE)(probabilities, labels)),
             'bins': _reliability(probabilities, labels),
@@ -168,8 +164,8 @@ def evaluate(probabilities: Tensor, rows: Sequence[Triplet], task: Task) -> dict
 
 def _metrics(probabilities: Tensor, labels: Tensor, rows: Sequence[Triplet], task: Task) -> dict[str, float]:
     names = list(dict.fromkeys([*task.metrics, 'accuracy', 'macro_f1']))
-    number = {group: index for index, group in enumerate(dict.fromkeys(row['group'] for row in rows))}
-    groups = torch.tensor([number[row['group']] for row in rows])
+    index_of = {group: index for index, group in enumerate(dict.fromkeys(row['group'] for row in rows))}
+    groups = torch.tensor([index_of[row['group']] for row in rows])
     found = {}
     for name, metric in zip(names, build_metrics(names, len(task.label_names), **HERE)):
         metric.update(probabilities, labels, *((groups,) if name == 'em' else ()))
@@ -177,55 +173,62 @@ def _metrics(probabilities: Tensor, labels: Tensor, rows: Sequence[Triplet], tas
     return found
 
 
-def _by_class(probabilities: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    options: Any = {'num_classes': len(names), 'average': None, **HERE}
-    precision = MulticlassPrecision(**options)(probabilities, labels).tolist()
-    recall = MulticlassRecall(**options)(probabilities, labels).tolist()
-    support = torch.bincount(labels, minlength=len(names)).tolist()
-    return {
-        name: {'precision': precision[index], 'recall': recall[index], 'support': support[index]}
-        for index, name in enumerate(names)
-    }
+def _by_class(confusion: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    right, predicted, support = confusion.diag(), confusion.sum(0), confusion.sum(1)
+    columns = (right / predicted.clamp(min=1)).tolist(), (right / support.clamp(min=1)).tolist(), support.tolist()
+    return {name: dict(zip(('precision', 'recall', 'support'), row)) for name, *row in zip(names, *columns)}
 
 
 def _reliability(probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]:
     confidence, guess = probabilities.max(-1)
     right = (guess == labels).float()
-    number = (confidence * BINS).ceil().clamp(1, BINS).long() - 1
+    bin_of = (confidence * BINS).ceil().clamp(1, BINS).long() - 1
     return [
         {
             'confidence': float(confidence[inside].mean()),
             'accuracy': float(right[inside].mean()),
             'rows': int(inside.sum()),
         }
-        for inside in (number == index for index in range(BINS))
+        for inside in (bin_of == index for index in range(BINS))
         if inside.any()
     ]
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The report as a table for people."""
-    names = list(report['classes'])
-    width = max(len(name) for name in (*names, 'calibration error'))
+    """Format the report as tables for people."""
+    names = report['label_names']
+    width = max(len(_short(name)) for name in (*names, 'calibration error'))
     lines = [f'{name:<{width}}  {value:.4f}' for name, value in report['metrics'].items()]
     lines += [f'{"calibration error":<{width}}  {report["calibration"]["ece"]:.4f}', '']
-    lines += [f'{"class":<{width}}  precision  recall  rows  predicted as: {", ".join(names)}']
+    few = len(names) <= FEW
+    heading = ', '.join(map(_short, names)) if few else 'the three most frequent'
+    lines += [f'{"class":<{width}}  precision  recall  rows  predicted as: {heading}']
     for name, counts in zip(names, report['confusion']):
         row = report['classes'][name]
         lines.append(
-            f'{name:<{width}}  {row["precision"]:9.4f}  {row["recall"]:6.4f}  {row["support"]:4d}  '
-            f'{"  ".join(str(count) for count in counts)}'
+            f'{_short(name):<{width}}  {row["precision"]:9.4f}  {row["recall"]:6.4f}  {row["support"]:4d}  '
+            f'{"  ".join(map(str, counts)) if few else _most_frequent(names, counts)}'
         )
     return '\n'.join(lines)
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f'{name[: LONGEST_NAME - 1]}…'
+
+
+def _most_frequent(names: Sequence[str], counts: Sequence[int], most: int = 3) -> str:
+    best = sorted(zip(counts, names), key=lambda pair: -pair[0])[:most]
+    return ', '.join(f'{_short(name)} {count}' for count, name in best if count)
+
+
 def predictions(probabilities: Tensor, rows: Sequence[Triplet], task: Task) -> Iterator[dict[str, Any]]:
-    """One plain row for each row of the data, in its order."""
+    """Yield ``id``, ``group``, ``label``, ``prediction`` and ``probabilities`` (by label) of each row, in its order."""
     names = list(task.label_names)
     for row, values in zip(rows, probabilities.tolist()):
         best = max(range(len(names)), key=values.__getitem__)
         yield {
             'id': row['id'],
+            'group': row['group'] or None,
             'label': row['label'],
             'prediction': names[best],
             'probabilities': dict(zip(names, values)),
@@ -233,15 +236,10 @@ def predictions(probabilities: Tensor, rows: Sequence[Triplet], task: Task) -> I
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> None:
-    """``confusion.png`` and ``reliability.png``; needs the extra ``report``."""
+    """Draw ``confusion.png`` and ``reliability.png`` into a folder; needs the extra ``report``."""
     from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay
 
-    names = list(report['classes'])
-    figure = Figure(figsize=(1.6 * len(names) + 2.4, 1.3 * len(names) + 2), layout='constrained')
-    shown = ConfusionMatrixDisplay(torch.tensor(report['confusion']).numpy(), display_labels=names)
-    shown.plot(ax=figure.subplots(), cmap='Blues', colorbar=False)
-    figure.savefig(folder / 'confusion.png', dpi=150, bbox_inches='tight')
+    _draw_confusion(report, folder / 'confusion.png')
 
     bins = report['calibration']['bins']
     figure = Figure(figsize=(4.5, 5), layout='constrained')
@@ -256,44 +254,26 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
     figure.savefig(folder / 'reliability.png', dpi=150)
 
 
-# ----------------------------------------------------------------------------------- the command
+def _draw_confusion(report: Mapping[str, Any], path: Path) -> None:
+    """Draw the confusion matrix: of few classes with a number in every cell, of many in colours, at a bounded size."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``evaluate.py MODEL_OR_CHECKPOINT DATA``."""
-    parser = argparse.ArgumentParser(description='Evaluate a classifier on rows with labels.')
-    parser.add_argument('model', help='a slim export, a Hugging Face classifier, a .onnx file, a Composer checkpoint')
-    parser.add_argument('data', help='a file, a task folder, hub:, or a set of shards, here or at an address')
-    parser.add_argument('--task', help='a shipped task or a template; default: the one stored with the model')
-    parser.add_argument('--split', help='of a task folder or a hub data set')
-    parser.add_argument('--output', type=Path, help='a folder for report.json, predictions.jsonl and two PNGs')
-    parser.add_argument('--batch-size', type=int, default=32)
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    return run(lambda: _evaluate(args))
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    from composer.utils import dist, get_device
-
-    logging.set_verbosity_error()
-    if args.output:
-        _check_report_extra()
-    dist.initialize_dist(get_device(None))
-    with open_classifier(args.model) as classifier:
-        spec = args.task or classifier.task
-        if spec is None:
-            raise UserError(f'--task: missing; {args.model} has none stored with it')
-        task = load_task(spec)
-        label_order(classifier.label_names, task.label_names)
-        rows = read_data(args.data, task, args.split)
-        if not rows:
-            raise UserError(f'{args.data}: found no rows')
-        probabilities = predict_rows(classifier, rows, task, args.batch_size)
-    if dist.get_global_rank() == 0:
-        report = evaluate(probabilities, rows, task)
-        print(describe(report), flush=True)
-        if args.output:
-            _write(report, predictions(probabilities, rows, task), args.output)
+    names = [_short(name) for name in report['classes']]
+    count, few = len(names), len(names) <= FEW
+    width, height = (min(1.6 * count + 2.4, 14), min(1.3 * count + 2, 12)) if few else [min(8 + 0.15 * count, 20)] * 2
+    figure = Figure(figsize=(width, height), layout='constrained')
+    axes = figure.subplots()
+    shown = ConfusionMatrixDisplay(torch.tensor(report['confusion']).numpy(), display_labels=names)
+    shown.plot(ax=axes, cmap='Blues', colorbar=False, include_values=few, xticks_rotation='horizontal')
+    if 6 < count <= FEW:
+        axes.tick_params('x', rotation=45)
+    if not few:
+        figure.colorbar(shown.im_, ax=axes, shrink=0.6, label='rows')
+        step = -(-count // MOST_TICKS)
+        for axis, rotation in ((axes.xaxis, 90), (axes.yaxis, 0)):
+            axis.set_ticks(range(0, count, step), names[::step], rotation=rotation, fontsize=8 if count < 90 else 6)
+    figure.savefig(path, dpi=150 if few else 100, bbox_inches='tight')
 
 
 def _check_report_extra() -> None:
@@ -304,10 +284,62 @@ def _check_report_extra() -> None:
         raise UserError(f"--output: {error.name} is not installed; pip install 'dhrd-plugin[report]'") from None
 
 
+def _check_output(folder: str | Path, read: Mapping[str, Any]) -> None:
+    """Refuse a folder that may not or cannot be written to, on every rank; rank 0 looks, as it writes."""
+
+    def check() -> None:
+        files.check_into(folder, '--output')
+        earlier = files.has_keys(Path(folder) / 'report.json', 'confusion', 'calibration')
+        apart = {name: place for name, place in read.items() if place and not is_remote(place)}
+        for name in FILES:
+            files.check_file(Path(folder) / name, '--output', 'a report of ours', lambda _: earlier, apart)
+
+    told = None
+    if ranks.rank() == 0:
+        try:
+            check()
+        except UserError as error:
+            told = str(error)
+    for message in filter(None, ranks.gather(told)):
+        raise UserError(message)
+
+
 def _write(report: Mapping[str, Any], rows: Iterator[Mapping[str, Any]], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / 'report.json', report)
     lines = ''.join(f'{json.dumps(row, ensure_ascii=False)}\n' for row in rows)
-    write_bytes(folder / 'predictions.jsonl', lines.encode())
-    draw(report, folder)
-    print(f'report: {folder}')
+    with user_errors(folder, OSError), files.staged(folder) as fresh:
+        files.write_json(fresh / 'report.json', report)
+        files.write_bytes(fresh / 'predictions.jsonl', lines.encode())
+        draw(report, fresh)
+        files.move_into(fresh, folder)
+
+
+# ----------------------------------------------------------------------------------- the command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``dhrd evaluate MODEL DATA [DATA ...]``; returns the exit status."""
+    return run(lambda: _evaluate(_parse_args(argv)))
+
+
+def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog='dhrd evaluate', description='Evaluate a classifier on rows with labels.')
+    parser.add_argument('model', help='a slim export, a Hugging Face classifier, a .onnx file, a Composer checkpoint')
+    parser.add_argument(
+        'data',
+        nargs='+',
+        help='a file, a task folder, hub:, or a set of shards, here or at an address; read as one set',
+    )
+    parser.add_argument('--task', help='a shipped task or a template; default: the one stored with the model')
+    parser.add_argument('--split', help='of a task folder or a hub data set')
+    parser.add_argument('--output', type=Path, help='a folder for report.json, predictions.jsonl and two PNGs')
+    parser.add_argument('--batch-size', type=number(int, 1), default=32)
+    return parser.parse_args(argv)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    logging.set_verbosity_error()
+    report = report_on(**vars(args))
+    if report is not None:
+        print(describe(report))
+        if args.output:
+            print(f'report: {args.output}')

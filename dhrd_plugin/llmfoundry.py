@@ -11,14 +11,15 @@ from composer import DataSpec
 from composer.utils import dist
 from transformers import PreTrainedTokenizerBase
 
-from dhrd_plugin import training
 from dhrd_plugin.algorithms import auxiliary_reasoning_loss
-from dhrd_plugin.config import partial_config
-from dhrd_plugin.data.collation import Markers
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models.build import build_tokenizer
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
+from dhrd_plugin.training.builders import build_evaluator, build_model, build_train_loader, find_streams
+from dhrd_plugin.training.checks import check_loader
+from dhrd_plugin.training.config import loaders, partial_config
+from dhrd_plugin.training.registry import build_parts
 
 ALGORITHM = 'auxiliary_reasoning_loss'
 WHERE = 'llm-foundry'
@@ -37,7 +38,8 @@ class AuxiliaryReasoningLoss(auxiliary_reasoning_loss.AuxiliaryReasoningLoss):
 
     def __new__(cls, **settings: Any) -> Any:
         """Make the package's own algorithm."""
-        (algorithm,) = training.build_parts(partial_config(WHERE, algorithms={ALGORITHM: settings}), 'algorithms')
+        config = partial_config(WHERE, algorithms={ALGORITHM: settings})
+        (algorithm,) = build_parts('algorithms', config.algorithms or {})
         return algorithm
 
 
@@ -71,7 +73,7 @@ class DualHeadClassifier(ComposerDualHeadClassifier):
         if 'reasoning_targets' in model:
             raise UserError(f'{WHERE}: model.reasoning_targets: belongs to the data; expected it in train_loader')
         config = partial_config(WHERE, task=task, max_seq_len=max_seq_len, markers=markers or {}, model=model)
-        return training.build_model(config, load_task(task), tokenizer)
+        return build_model(config, load_task(task), tokenizer)
 
 
 class TripletTokenizer(PreTrainedTokenizerBase):
@@ -134,13 +136,12 @@ def triplets(
         device_eval_batch_size=device_batch_size,
         **({'eval_loaders': {'eval': loader}} if evaluation else {'train_loader': loader}),
     )
-    Markers(**training.as_plain(config.markers)).add_to(tokenizer)
-    key, settings = ('eval_loaders.eval', config.eval_loaders['eval']) if evaluation else (
-        'train_loader', config.train_loader
-    )
-    training.check_loader(key, settings)
+    config.markers.add_to(tokenizer)
+    key = 'eval_loaders.eval' if evaluation else 'train_loader'
+    settings = loaders(config)[key]
+    check_loader(key, settings)
     built = load_task(task)
-    streams = training.find_streams(key, settings, built)
+    streams = find_streams(key, settings, built)
     if evaluation:
-        return training.build_evaluator(config, built, tokenizer, 'eval', streams).dataloader
-    return training.build_train_loader(config, built, tokenizer, streams)
+        return build_evaluator(config, built, tokenizer, 'eval', streams).dataloader
+    return build_train_loader(config, built, tokenizer, streams)

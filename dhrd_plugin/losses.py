@@ -6,8 +6,8 @@ Nothing here knows of models or of Composer.
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 
@@ -21,26 +21,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     Both gradients are known, up to the factor of each row, as soon as a chunk's logits are, so the forward
     pass keeps them and no logits are computed twice. For weight and bias that takes rows of one factor, as a
-    mean over the batch gives them; where rows are weighed, the backward pass computes their logits again.
+    mean over the batch gives them; where rows are weighed, the backward pass computes their logits again. So it
+    does in fp16, where a gradient without the scaler's factor would be too small to be kept.
+
+    In half precision the sum over several chunks is one in fp32, [V, H] for the weight, and rounded once at its
+    end. Rounded chunk by chunk, 128 chunks are six times as far off.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, counts, chunk_size):  # pyright: ignore
         losses = hidden.new_empty(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
         shares = counts.to(losses.dtype).reciprocal()[rows]  # of each token in the mean of its row
-        gradients = _Gradients(hidden, weight, bias, *ctx.needs_input_grad[:3])
+        gradients = None
+        if hidden.dtype != torch.float16:
+            gradients = _Gradients(hidden, weight, bias, chunk_size, *ctx.needs_input_grad[:3])
         for chunk, logits in _chunks(hidden, weight, bias, chunk_size):
             losses[chunk] = _cross_entropy_(logits, targets[chunk])
-            gradients.add(chunk, logits, shares[chunk])
+            if gradients is not None:
+                gradients.add(chunk, logits, shares[chunk])
         ctx.chunk_size = chunk_size
         ctx.gradients = gradients  # for one backward pass, which writes over them
         ctx.save_for_backward(hidden, weight, bias, targets, rows, shares)
         return losses.new_zeros(counts.shape).index_add(0, rows, losses * shares)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_losses):  # pyright: ignore
         hidden, weight, bias, targets, rows, shares = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: to be differentiated again, as torch can do it with all logits
+            inputs = [value for value, wanted in zip((hidden, weight, bias), ctx.needs_input_grad) if wanted]
+            losses = F.cross_entropy(_upcast(F.linear(hidden, weight, bias)), targets, reduction='none')
+            found = iter(torch.autograd.grad(losses, inputs, grad_losses[rows] * shares, create_graph=True))
+            return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:3]), None, None, None, None
         kept, ctx.gradients = ctx.gradients, None
 
         def add_again(factors: Tensor) -> None:
@@ -48,22 +59,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _cross_entropy_(logits, targets[chunk])
                 kept.add(chunk, logits, factors[chunk])
 
-        if kept is None:  # a second pass over a retained graph: as the forward pass did it, to the same bits
-            kept = _Gradients(hidden, weight, bias, *ctx.needs_input_grad[:3])
-            add_again(shares)
+        if kept is None:
+            kept = _Gradients(hidden, weight, bias, ctx.chunk_size, *ctx.needs_input_grad[:3])
+            if hidden.dtype == torch.float16:
+                add_again(shares * grad_losses[rows])
+                return *kept.rounded(), None, None, None, None
+            add_again(shares)  # a second pass over a retained graph: as the forward pass did it, to the same bits
         if not kept.scale(grad_losses, rows):
             add_again(shares * grad_losses[rows])
-        return *kept.values, None, None, None, None
+        return *kept.rounded(), None, None, None, None
 
 
 class _Gradients:
     """For hidden states, weight and bias, as far as each is asked for, chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *needed: bool):
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int, *needed: bool):
         self.hidden, self.weight = hidden, weight
+        self.half = hidden.dtype in (torch.bfloat16, torch.float16)
+        dtype = torch.float32 if self.half and len(hidden) > chunk_size else hidden.dtype  # of what is summed
         self.values = [
-            torch.zeros_like(tensor) if wanted and tensor is not None else None
-            for tensor, wanted in zip((hidden, weight, bias), needed)
+            torch.zeros_like(tensor, dtype=kind) if wanted and tensor is not None else None
+            for tensor, kind, wanted in zip((hidden, weight, bias), (hidden.dtype, dtype, dtype), needed)
         ]
 
     def scale(self, factors: Tensor, rows: Tensor) -> bool:
@@ -72,7 +88,7 @@ class _Gradients:
         first = factors[:1].sum()
         whole = (grad_weight is None and grad_bias is None) or bool((factors == first).all())
         if grad_hidden is not None and whole:
-            grad_hidden.mul_(factors[rows, None].to(grad_hidden.dtype))
+            grad_hidden.mul_(factors[rows, None])
         for grad in (grad_weight, grad_bias):
             if grad is not None:
                 grad.mul_(first) if whole else grad.zero_()
@@ -81,13 +97,28 @@ class _Gradients:
     def add(self, chunk: slice, logits_grad: Tensor, factors: Tensor) -> None:
         """Of the tokens ``chunk``, each by its factor [n]; ``logits_grad`` [n, V] is without it."""
         grad_hidden, grad_weight, grad_bias = self.values
-        logits_grad, factors = logits_grad.to(self.weight.dtype), factors.to(self.hidden.dtype)[:, None]
+        factors = factors[:, None]
+        if self.half:  # the factor before the rounding, as torch has it
+            logits_grad = logits_grad.mul_(factors)
+            rounded = logits_grad.to(self.weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = rounded @ self.weight
+            if grad_weight is not None:  # a GPU takes TF32 for fp32, which holds the states as they are
+                wide = grad_weight.dtype != rounded.dtype
+                grad_weight.addmm_((logits_grad if wide else rounded).T, self.hidden[chunk].to(grad_weight.dtype))
+            if grad_bias is not None:
+                grad_bias.add_(logits_grad.sum(0))
+            return
         if grad_hidden is not None:
             grad_hidden[chunk] = (logits_grad @ self.weight) * factors
         if grad_weight is not None:  # the narrower of the two takes the factor
             grad_weight.addmm_(logits_grad.T, self.hidden[chunk] * factors)
         if grad_bias is not None:
             grad_bias.addmv_(logits_grad.T, factors[:, 0])
+
+    def rounded(self) -> list[Tensor | None]:
+        """The sums, in the precision of hidden states and weights."""
+        return [None if value is None else value.to(self.hidden.dtype) for value in self.values]
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -113,11 +144,7 @@ def _cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    chunk_size: int = 256,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_size: int = 256
 ) -> Tensor:
     """``cross_entropy(hidden @ weight.T + bias, targets, reduction='none')`` without the full logits.
 
@@ -129,7 +156,7 @@ def linear_cross_entropy(
         weight: [V, H] weight of the LM head.
         bias: [V] or ``None``.
         targets: [N] token ids, all in [0, V).
-        chunk_size: rows to a chunk.
+        chunk_size: rows to a chunk. Default: 256.
 
     Returns:
         [N] losses in nats; fp32, or fp64 for fp64 input.
@@ -139,13 +166,7 @@ def linear_cross_entropy(
 
 
 def _row_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor,
-    counts: Tensor,
-    chunk_size: int,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, counts: Tensor, chunk_size: int
 ) -> Tensor:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -157,11 +178,7 @@ def _row_losses(
 
 
 def chunked_lm_loss(
-    hidden: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    chunk_size: int = 256,
+    hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None, chunk_size: int = 256
 ) -> Tensor:
     """Next-token loss of each sequence, a mean over its supervised tokens (Eq. 1 and 3).
 
@@ -175,7 +192,7 @@ def chunked_lm_loss(
             state at position t predicts the label at t + 1, so column 0 is never a target.
         weight: [V, H] weight of the LM head.
         bias: [V] or ``None``.
-        chunk_size: supervised tokens whose logits are computed at a time.
+        chunk_size: supervised tokens whose logits are computed at a time. Default: 256.
 
     Returns:
         [B] losses in nats a token; 0 where a sequence has no target, still attached to the graph.
@@ -201,6 +218,40 @@ def weighted_mean(losses: Tensor, weights: Tensor | None = None) -> Tensor:
         A scalar.
     """
     return losses.mean() if weights is None else (weights * losses).mean()
+
+
+def soft_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    probabilities: Tensor | None = None,
+    soft_label_weight: float = 0.5,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``(1 - w) * cross_entropy(label) + w * cross_entropy(probabilities)`` of each row (ours, not the paper's).
+
+    Hinton et al. (arXiv:1503.02531), with a teacher's votes for its softmax. A row without probabilities has the first
+    term alone, to the bit; one without a label the second alone. Every row counts as one in a mean over the rows, so
+    the gradient does not depend on how a batch is cut. The weight of a class counts in both terms, each class by its
+    probability; smoothing, which stands for a doubt that nobody measured, only in the label's.
+
+    Args:
+        logits: [B, K].
+        labels: [B] class indices, -100 for a row without a label.
+        probabilities: [B, K], each row's sum 1, or 0 for a row without any. Default: none.
+        soft_label_weight: w, from 0 to 1. Default: 0.5.
+        class_weights: [K]. Default: 1 for each class.
+        label_smoothing: from 0 to 1. Default: 0.
+
+    Returns:
+        [B] losses in nats.
+    """
+    hard = F.cross_entropy(logits, labels, class_weights, reduction='none', label_smoothing=label_smoothing)
+    if probabilities is None:
+        return hard
+    soft = F.cross_entropy(logits, probabilities.to(logits.dtype), class_weights, reduction='none')
+    share = torch.full_like(hard, soft_label_weight).masked_fill(labels == IGNORE_INDEX, 1) * probabilities.any(-1)
+    return (1 - share) * hard + share * soft
 
 
 def combine_losses(classification: Tensor, reasoning: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:

@@ -65,6 +65,9 @@ def build_metrics(names: Iterable[str], num_labels: int, **options: Any) -> list
             needs each row's group besides).
         num_labels: K.
         **options: of every :class:`torchmetrics.Metric`, such as ``sync_on_compute``.
+
+    Returns:
+        One metric for each name, in their order.
     """
     makers = {
         'accuracy': lambda: MulticlassAccuracy(num_classes=num_labels, average='micro', **options),

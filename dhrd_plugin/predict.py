@@ -1,6 +1,7 @@
-"""Texts in, labels and probabilities out, with a slim classifier."""
+"""Classify texts: labels and probabilities from an export."""
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -9,59 +10,96 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModel
 from transformers.utils import logging
 
-from dhrd_plugin.cli import run
+from dhrd_plugin.cli import Parser, number, run
+from dhrd_plugin.data.rows import (
+    BOM,
+    SUFFIXES,
+    catching_bad,
+    check_is_text,
+    kind_of,
+    parse_object,
+    raise_bad,
+    read_rows,
+)
 from dhrd_plugin.data.tasks import Task, load_task
-from dhrd_plugin.errors import UserError
-from dhrd_plugin.models.load import load_slim
+from dhrd_plugin.data.triplet import BadRow, check_text
+from dhrd_plugin.errors import UserError, user_errors
+from dhrd_plugin.export.load import open_classifier
 
-# What a forward pass of a small LM costs on a CPU whatever it holds, in tokens. A GPU waits for its launches instead.
+# The fixed cost of a small LM's forward pass on a CPU, in tokens. A GPU waits for its launches instead.
 CPU_PADDING = 64
 
 
-def load_classifier(folder: str | Path) -> tuple[PreTrainedModel, Any]:
-    """Load a slim classifier and its tokenizer; code in the folder is never run.
-
-    Raises:
-        UserError: it is no such folder.
-    """
-    if not (Path(folder) / 'config.json').is_file():
-        raise UserError(f'{folder}: no config.json there; expected a folder that DropReasoningHead wrote')
-    return load_slim(folder), AutoTokenizer.from_pretrained(folder)
-
-
 @torch.inference_mode()
-def predict(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], batch_size: int = 32) -> torch.Tensor:
-    """Class probabilities, in the order of the texts; batched by length, so that little is padded.
+def predict(
+    model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 32, places: Sequence[str] | None = None
+) -> Tensor:
+    """Compute class probabilities, in the order of the texts; batched by length, so that there is little padding.
 
     Args:
-        model: of :func:`load_classifier`.
+        model: of a :class:`~dhrd_plugin.export.load.Classifier`.
         tokenizer: likewise.
         texts: N input texts.
-        batch_size: rows to a forward pass, at most; on a CPU fewer where they would be padded much.
+        batch_size: rows to a forward pass, at most; fewer on a CPU where that saves padding. Default: 32.
+        places: where each text stands, for errors. Default: its number, from 1.
 
     Returns:
         [N, K] probabilities, fp32.
+
+    Raises:
+        UserError: a text of no token, or of more than the model has positions for, before any is classified; a model
+            that cannot be run on them, or whose logits are not finite.
     """
     encoded = tokenizer(list(texts), verbose=False)['input_ids']
+    _check_lengths(model, [len(ids) for ids in encoded], places or [f'text {i}' for i in range(1, len(texts) + 1)])
     padding = CPU_PADDING if model.device.type == 'cpu' else math.inf
     probabilities = torch.zeros(len(texts), model.config.num_labels)
-    for rows in batches_by_length([len(ids) for ids in encoded], batch_size, padding):
-        batch = tokenizer.pad({'input_ids': [encoded[index] for index in rows]}, return_tensors='pt')
-        logits = model(batch['input_ids'].to(model.device), batch['attention_mask'].to(model.device)).logits
+    for rows in _batches_by_length([len(ids) for ids in encoded], batch_size, padding):
+        with user_errors('the model cannot be run on these texts', kind=True):
+            batch = tokenizer.pad({'input_ids': [encoded[index] for index in rows]}, return_tensors='pt')
+            # By name: GPT-2's second argument is another one.
+            inputs = {name: batch[name].to(model.device) for name in ('input_ids', 'attention_mask')}
+            logits = model(**inputs).logits
         probabilities[rows] = logits.float().softmax(-1).cpu()
+    if not probabilities.isfinite().all():
+        raise UserError('the model gives logits that are not finite; expected the weights of a training that converged')
     return probabilities
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int, padding: float) -> Iterator[list[int]]:
-    """Indices of rows, sorted by length and cut into batches.
+def _check_lengths(model: Any, lengths: Sequence[int], places: Sequence[str]) -> None:
+    if 0 in lengths:
+        raise UserError(f'{places[lengths.index(0)]}: found no token; expected text')
+    longest = max(lengths, default=0)
+    if longest > (positions := _positions(model, longest)):
+        raise UserError(
+            f'{places[lengths.index(longest)]}: found {longest:,} tokens; expected at most {positions:,}, '
+            'the positions that the model has'
+        )
 
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows to a batch, at most.
-        padding: pad tokens to a batch, at most; more would cost more than the pass that another batch takes.
+
+def _positions(model: Any, length: int) -> float:
+    """How many positions a model can read: as many as its table of them holds; without a table, any number."""
+    config = getattr(model.config, 'backbone', None) or model.config
+    most, words = (getattr(config, name, None) for name in ('max_position_embeddings', 'vocab_size'))
+    if not isinstance(most, int) or length <= most:
+        return math.inf
+    if not isinstance(model, nn.Module):  # ONNX
+        with torch.device('meta'):
+            model = AutoModel.from_config(config)
+    tables = [item.num_embeddings for item in model.modules() if isinstance(item, nn.Embedding)]
+    tables += [len(buffer) for buffer in model.buffers() if buffer.dim() > 1]
+    spare = 8  # some tables begin with a few positions for padding
+    return most if any(most <= size <= most + spare and size != words for size in tables) else math.inf
+
+
+def _batches_by_length(lengths: Sequence[int], batch_size: int, padding: float) -> Iterator[list[int]]:
+    """Indices of rows, sorted by ``lengths`` in tokens and cut into batches of at most ``batch_size``.
+
+    Those of a batch take at most so much ``padding``, in tokens; more would cost more than another batch's pass.
     """
     batch: list[int] = []
     real = 0
@@ -76,62 +114,100 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, padding: float) -
         yield batch
 
 
-def read_texts(lines: Iterable[str], task: Task | None, where: str) -> list[str]:
-    """The input text of each line: plain text, or JSON with ``input_text`` or with the task's fields.
+# A text and where it stands.
+Text = tuple[str, str]
 
-    Raises:
-        UserError: naming the line.
-    """
-    texts = []
-    for number, line in enumerate(lines, 1):
-        line = line.rstrip('\n')
-        if not line.lstrip().startswith('{'):
-            texts.append(line)
-            continue
+
+def _read_rows(path: Path, task: Task | None) -> Iterator[Text]:
+    """The input text of each row of a file of rows: its ``input_text``, or what the template makes of it."""
+    for row in read_rows(path):
+        with catching_bad(raise_bad, row.where):
+            yield _text_of(row.fields, task), row.where
+
+
+def _read_lines(lines: Iterable[bytes], task: Task | None, where: str) -> Iterator[Text]:
+    """The input text of each line: plain text, or a row as JSON."""
+    for number_, line in enumerate(lines, 1):
+        line = line.removeprefix(BOM) if number_ == 1 else line
+        place = f'{where}{number_}'
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f'{where} line {number}: not valid JSON: {error.msg}') from None
-        if 'input_text' in row:
-            texts.append(row['input_text'])
-        elif task is not None:
-            try:
-                texts.append(task.render(row))
-            except UserError as error:
-                raise UserError(f'{where} line {number}: {error}') from None
-        else:
-            raise UserError(f'{where} line {number}: found keys {sorted(row)}; expected input_text')
-    return texts
+            text = line.removesuffix(b'\n').removesuffix(b'\r').decode()
+        except UnicodeDecodeError:
+            raise UserError(f'{place}: is not valid UTF-8') from None
+        with catching_bad(raise_bad, place):
+            yield _parse_text(text, task), place
+
+
+def _parse_text(text: str, task: Task | None) -> str:
+    if not text.lstrip().startswith('{'):
+        return check_text(text, '')
+    try:
+        row, end = parse_object(text.strip())
+        if end < len(text.strip()):
+            raise json.JSONDecodeError('Extra data', text.strip(), end)
+    except json.JSONDecodeError as error:
+        hint = '(a text that begins with { is written as {"input_text": "{..."})'
+        raise BadRow('', f'not valid JSON: {error.msg}, column {error.colno} {hint}') from None
+    return _text_of(row, task)
+
+
+def _text_of(row: dict[str, Any], task: Task | None) -> str:
+    if 'input_text' in row:
+        return check_text(row['input_text'], 'input_text')
+    if task is None:
+        raise BadRow('', f'found keys {sorted(row)}; expected input_text')
+    if task.explode:
+        raise BadRow('', f'a row of the task {task.name} holds several texts; expected input_text, one text a row')
+    return check_text(task.render(row), '')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``predict.py MODEL [TEXT ...]``."""
-    parser = argparse.ArgumentParser(description='Classify texts with a slim classifier.')
-    parser.add_argument('model', help='the folder that DropReasoningHead wrote')
+    """``dhrd predict MODEL [TEXT ...]``; returns the exit status."""
+    return run(lambda: _predict(_parse_args(argv)))
+
+
+def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog='dhrd predict', description='Classify texts with a slim classifier.')
+    parser.add_argument('model', help='the folder that DropReasoningHead wrote, or anything that dhrd evaluate takes')
     parser.add_argument('texts', nargs='*', help='texts; without any, lines of --input or of stdin')
-    parser.add_argument('--input', help="a file of texts, or JSONL with input_text or the task's fields")
-    parser.add_argument('--batch-size', type=int, default=32)
-    args = parser.parse_args(argv)
-    return run(lambda: _predict(args))
+    parser.add_argument(
+        '--input',
+        type=Path,
+        help="a file with a text a line, or JSON, JSONL, CSV or Parquet with input_text or the task's fields",
+    )
+    parser.add_argument('--batch-size', type=number(int, 1), default=32)
+    return parser.parse_args(argv)
 
 
 def _predict(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
-    model, tokenizer = load_classifier(args.model)
-    stored = (getattr(model.config, 'dhrd', None) or {}).get('task')
-    task = load_task(stored) if stored else None
-    if args.texts:
-        texts = read_texts(args.texts, task, 'argument')
-    elif args.input:
-        if not Path(args.input).is_file():
-            raise UserError(f'--input: no such file: {args.input}')
-        texts = read_texts(Path(args.input).read_text(encoding='utf-8').splitlines(), task, args.input)
-    else:
-        texts = read_texts(sys.stdin, task, 'stdin')
-    if not texts or not all(text.strip() for text in texts):
-        raise UserError('found an empty text; expected one text a line')
-    names = model.config.id2label
-    for row in predict(model, tokenizer, texts, args.batch_size).tolist():
+    classifier = open_classifier(args.model)
+    task = load_task(classifier.task) if classifier.task else None
+    found = list(_read(args, task))
+    if not found:
+        raise UserError(f'{args.input or "stdin"}: found no text; expected one a line')
+    texts, places = zip(*found)
+    names = classifier.label_names
+    for row in predict(classifier.model, classifier.tokenizer, texts, args.batch_size, places).tolist():
         best = max(range(len(row)), key=row.__getitem__)
         probabilities = {names[index]: round(value, 4) for index, value in enumerate(row)}
         print(json.dumps({'label': names[best], 'probabilities': probabilities}, ensure_ascii=False))
+
+
+def _read(args: argparse.Namespace, task: Task | None) -> Iterator[Text]:
+    """The texts that the arguments give or name; those of stdin without any."""
+    if args.texts:
+        yield from _read_lines((text.encode(errors='surrogateescape') for text in args.texts), task, 'argument ')
+    elif args.input is None:
+        stream = getattr(sys.stdin, 'buffer', None) or io.BytesIO(sys.stdin.read().encode())
+        yield from _read_lines(stream, task, 'stdin, line ')
+    else:
+        if not args.input.is_file():
+            raise UserError(f'--input: no such file: {args.input}')
+        if kind_of(args.input) in SUFFIXES:
+            yield from _read_rows(args.input, task)
+            return
+        with user_errors(f'--input: {args.input}', OSError):
+            check_is_text(args.input)
+            with args.input.open('rb') as file:
+                yield from _read_lines(file, task, f'{args.input}, line ')

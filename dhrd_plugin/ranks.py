@@ -1,5 +1,9 @@
-"""Work that one rank does for others, which neither wait for one that has gone nor give up on one at work."""
+"""The ranks of a run, and work that one of them does for the others."""
 
+import ctypes
+import os
+import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -8,19 +12,53 @@ from typing import Any, TypeVar
 from dhrd_plugin.errors import UserError
 
 T = TypeVar('T')
+HEARTBEAT = 20.0  # seconds; far below any collective's time-out
+_WORKING = 'working'
+_PR_SET_PDEATHSIG = 1
+
+
+def rank() -> int:
+    """This process's number among all ranks, from 0, as the ``composer`` command or torchrun numbered it."""
+    return int(os.environ.get('RANK', 0))
+
+
+def world_size() -> int:
+    """How many ranks there are; 1 without a launcher."""
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def initialize() -> None:
+    """Join the group of all ranks, over gloo; nothing where there is one rank, or a group already."""
+    from torch import distributed as dist
+
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group('gloo')
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's ``value``, which has to be picklable, in the order of the ranks. Every rank has to call it."""
+    from torch import distributed as dist
+
+    values: list[Any] = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def end_with_parent() -> None:
+    """Send this process a SIGTERM when its parent ends, be it killed; on Linux."""
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def once_a_node(work: Callable[[], T]) -> T:
-    """What ``work`` gives on the first rank of this node, for every rank of it.
+    """Run ``work`` on the first rank of each node; every rank has to call it.
 
-    Every rank has to call it. Where ``work`` fails on any node, every rank of all nodes raises the same:
-    none is left waiting for one that has gone.
+    Where ``work`` fails on any node, every rank of all nodes raises the same: none is left waiting for one
+    that has gone.
 
-    Args:
-        work (Callable): without arguments; what it gives has to be picklable.
-
-    Raises:
-        UserError: that of ``work``.
+    Returns:
+        The result of this node, on each of its ranks; it has to be picklable.
     """
     from streaming.base.distributed import all_gather_object, get_local_rank, get_rank, maybe_init_dist
     from torch import distributed as dist
@@ -42,18 +80,14 @@ def once_a_node(work: Callable[[], T]) -> T:
     return value  # pyright: ignore
 
 
-HEARTBEAT = 20.0  # seconds; far below any collective's time-out
-_WORKING = 'working'
-
-
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """What ``work`` gives on rank 0, for every rank. Every rank has to call it.
+    """Run ``work`` on rank 0, in a thread; every rank has to call it.
 
-    The others are told every few seconds that rank 0 is still at it, so that an upload of hours meets
+    The others are told every few seconds that rank 0 is still working, so that an upload of hours meets
     no time-out of a collective. Where ``work`` fails, every rank raises.
 
-    Args:
-        work: without arguments; runs on rank 0, in a thread; what it gives has to be picklable.
+    Returns:
+        The result, on every rank; it has to be picklable.
 
     Raises:
         UserError: that of ``work``, or an operating system's refusal (disk full, no permission).
@@ -75,7 +109,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 
 
 def _look(future: Future) -> Any:
-    """``_WORKING``, or what came of it, why it failed, and whether that is for users."""
+    """``_WORKING``; or the result, why it failed, and whether a user can mend that."""
     try:
         return future.result(HEARTBEAT), None, False
     except FutureTimeout:

@@ -3,16 +3,19 @@
 import argparse
 from collections.abc import Sequence
 
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from dhrd_plugin.cli import run
-from dhrd_plugin.config import load_config
-from dhrd_plugin.data.collation import IGNORE_INDEX, Encoded
+from dhrd_plugin.cli import Parser, number, run
+from dhrd_plugin.data.collator import Encoded
 from dhrd_plugin.data.tasks import load_task
-from dhrd_plugin.training import as_plain, build_collator, build_tokenizer_from, check_limits, find_streams, open_rows
+from dhrd_plugin.losses import IGNORE_INDEX
+from dhrd_plugin.streams.dataset import draw_rationale
+from dhrd_plugin.streams.rows import StreamRows
+from dhrd_plugin.training.builders import build_collator, build_tokenizer_from, find_streams
+from dhrd_plugin.training.checks import check_limits
+from dhrd_plugin.training.config import Config, load_config
 
 LEGEND = 'plain: read only; [pooled]; underlined: supervised as a target of the reasoning head'
 
@@ -30,16 +33,19 @@ def render_row(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
     return text
 
 
-def show(config: DictConfig, count: int, console: Console) -> None:
+def show(config: Config, count: int, console: Console) -> None:
     """Print the first rows of the training set, in the order in which they are stored."""
     check_limits(config)
-    task = load_task(as_plain(config.task))
-    rows = open_rows(find_streams('train_loader', config.train_loader, task))
+    task = load_task(config.task)
+    rows = StreamRows(find_streams('train_loader', config.train_loader, task))
     tokenizer = build_tokenizer_from(config)
     collator = build_collator(config, task, tokenizer)
     console.print(LEGEND, style='dim', markup=False)
     for index in range(min(count, len(rows))):
         triplet = rows[index]
+        triplet['rationale'] = draw_rationale(
+            triplet.get('rationale'), triplet['id'], 0, config.seed
+        )  # as epoch 0 does
         (row,) = collator.encode([triplet])
         supervised = sum(label != IGNORE_INDEX for label in row.labels)
         console.print(
@@ -52,11 +58,20 @@ def show(config: DictConfig, count: int, console: Console) -> None:
         console.print(render_row(row, tokenizer))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``show_batch.py YAML [key=value ...]``."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(prog='dhrd show-batch', description=__doc__)
     parser.add_argument('yaml')
     parser.add_argument('overrides', nargs='*', metavar='key=value')
-    parser.add_argument('--rows', type=int, default=4)
-    args = parser.parse_intermixed_args(argv)  # overrides may stand on either side of --rows
-    return run(lambda: show(load_config(args.yaml, args.overrides), args.rows, Console(highlight=False)))
+    parser.add_argument('--rows', type=number(int, 1), default=4, help='how many; default: %(default)s')
+    return parser.parse_intermixed_args(argv)  # overrides may stand on either side of --rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``dhrd show-batch YAML [key=value ...] [--rows N]``."""
+
+    def work() -> None:
+        args = parse_args(argv)
+        show(load_config(args.yaml, args.overrides), args.rows, Console(highlight=False))
+
+    return run(work)

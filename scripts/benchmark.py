@@ -2,7 +2,7 @@
 
 import sys
 
-from dhrd_plugin.benchmark import main
+from benchmarks.main import main
 
 if __name__ == '__main__':
     sys.exit(main())

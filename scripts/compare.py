@@ -2,7 +2,7 @@
 
 import sys
 
-from dhrd_plugin.compare import main
+from dhrd_plugin.comparison.cells import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from dhrd_plugin.export import main
+from dhrd_plugin.export.from_checkpoint import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -1,8 +1,8 @@
-"""Ask a teacher model for the rationales of a data set: see `--help` and dhrd_plugin/data/teacher.py."""
+"""Ask a teacher model for the rationales of a data set: ``dhrd rationales``, see ``--help``."""
 
 import sys
 
-from dhrd_plugin.data.teacher import main
+from dhrd_plugin.teacher.run import main
 
 if __name__ == '__main__':
     sys.exit(main())

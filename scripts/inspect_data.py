@@ -2,7 +2,7 @@
 
 import sys
 
-from dhrd_plugin.data.inspection import main
+from dhrd_plugin.data.inspect import main
 
 if __name__ == '__main__':
     sys.exit(main())

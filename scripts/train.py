@@ -2,7 +2,7 @@
 
 import sys
 
-from dhrd_plugin.training import main
+from dhrd_plugin.training.run import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -17,10 +17,10 @@ def load_elsewhere(root: Path, texts: list[str], labels: torch.Tensor) -> dict:
         labels: [N] class indices, for the loss.
 
     Returns:
-        By name, what ``models/load_slim.py`` found.
+        By name, what ``load_slim.py`` found.
     """
     torch.save({'texts': texts, 'labels': labels}, root / 'inputs.pt')
-    script = Path(__file__).parent / 'models' / 'load_slim.py'
+    script = Path(__file__).with_name('load_slim.py')
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(root / 'hf'), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(
         [sys.executable, str(script), str(root)], cwd=root, env=env, capture_output=True, text=True, timeout=600

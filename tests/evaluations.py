@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dhrd_plugin import ComposerDualHeadClassifier, DualHeadNetwork, TripletCollator
-from dhrd_plugin.data.collation import triplet_data_spec
+from dhrd_plugin.data.data_spec import triplet_data_spec
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.metrics import build_metrics

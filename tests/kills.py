@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runs import EPOCH, STEPS, finish, kill, launch, losses, outcome, wait_for, write_run
 
-from dhrd_plugin.checkpoints import find_flaw
+from dhrd_plugin.checkpoints.whole import find_flaw
 
 STAGES = ('save', 'train', 'export', 'save', 'train', 'eval', 'save', 'train', 'export', 'start')
 COMPARED = ('weights', 'summary', 'export', 'losses')
@@ -43,7 +43,7 @@ def trial(yaml: Path, folder: Path, stage: str, ranks: int, draw: random.Random)
     """One run that is killed and started again; what it ends with, and what happened."""
     out = folder / 'out'
     reached, delay = moment(stage, out, draw)
-    process = launch(yaml, folder, ranks=ranks)
+    process = launch(yaml, folder, ranks=ranks, start=subprocess.Popen)
     came = wait_for(process, reached)
     with suppress(subprocess.TimeoutExpired):
         process.wait(delay)
@@ -53,7 +53,7 @@ def trial(yaml: Path, folder: Path, stage: str, ranks: int, draw: random.Random)
     files = sorted((out / 'checkpoints').glob('ep*.pt'))
     halves = [path.name for path in files if find_flaw(str(path))]
     halves += [path.name for path in out.glob('.slim.*.tmp')]
-    again = launch(yaml, folder, ranks=ranks)
+    again = launch(yaml, folder, ranks=ranks, start=subprocess.Popen)
     output = finish(again)
     resumed = [line.rsplit('/', 1)[-1] for line in output.splitlines() if line.startswith('going on from')]
     happened = [
@@ -82,7 +82,7 @@ def main() -> int:
         straight = {}
         for ranks in (1, 2):
             folder = Path(scratch) / f'straight{ranks}'
-            output = finish(launch(yaml, folder, ranks=ranks))
+            output = finish(launch(yaml, folder, ranks=ranks, start=subprocess.Popen))
             assert (folder / 'out' / 'summary.json').exists(), output
             straight[ranks] = outcome(folder / 'out')
             assert len(straight[ranks]['losses']) == STEPS

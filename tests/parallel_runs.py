@@ -7,14 +7,11 @@ from unittest.mock import patch
 
 import torch
 from composer.utils import dist
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from configs import TASK, config_from
 from tiny import tiny_lm, tiny_tokenizer, triplet
 
 from dhrd_plugin import train
-from dhrd_plugin.fsdp import average_gradients
+from dhrd_plugin.training.fsdp import average_gradients
 
 LAYOUTS = {
     'one': {},
@@ -27,10 +24,12 @@ LORA = {'r': 4, 'lora_alpha': 8, 'lora_dropout': 0.0}
 CASES = {
     'tied': ('tied', {}),
     'untied': ('untied', {}),
-    'tied-lora': ('tied', {'lora': LORA, 'head': 'linear'}),
-    'untied-lora': ('untied', {'lora': LORA, 'pooling': 'mean'}),
+    'tied-lora': ('tied', {'lora': LORA, 'head': 'verbalizer'}),
+    'untied-lora': ('untied', {'lora': LORA, 'pooling': 'mean', 'classifier_norm': True}),
     'frozen': ('untied', {'freeze_backbone': True}),
 }
+# A backbone in bf16, whose head is in fp32; one process and many ranks round it apart.
+HALF = {'half': ('untied', {'pretrained': False, 'config_overrides': {'dtype': 'bfloat16'}})}
 STEPS = 20
 
 
@@ -46,7 +45,7 @@ def write_inputs(root: Path) -> None:
 
 def config_of(root: Path, layout: str, case: str, *overrides: str):
     """The YAML of a run, written below ``root`` and read again."""
-    backbone, model = CASES[case]
+    backbone, model = {**CASES, **HALF}[case]
     out = root / layout / case
     settings = {
         'run_name': f'{layout}-{case}',
@@ -54,7 +53,11 @@ def config_of(root: Path, layout: str, case: str, *overrides: str):
         'task': TASK,
         'max_seq_len': 64,
         'model': {'pretrained_model_name_or_path': str(root / backbone), 'chunk_size': 7, **model},
-        'train_loader': {'source': str(root / 'train.jsonl'), 'cache_dir': str(root / 'cache')},
+        'train_loader': {
+            'source': str(root / 'train.jsonl'),
+            'cache_dir': str(root / 'cache'),
+            'layout': 'label_first' if case == 'tied-lora' else 'reason_first',
+        },
         'eval_loaders': {'val': {'source': str(root / 'val.jsonl'), 'cache_dir': str(root / 'cache')}},
         'optimizer': {'name': 'decoupled_adamw', 'lr': 3e-3, 'weight_decay': 1e-3},
         'scheduler': {'name': 'linear_with_warmup', 't_warmup': '4ba'},
@@ -98,5 +101,5 @@ if __name__ == '__main__':
     for run in runs:
         layout, case = run.split('/')
         average = (lambda model: None) if layout == 'fsdp2-summed' else average_gradients
-        with patch('dhrd_plugin.training.average_gradients', average):
+        with patch('dhrd_plugin.training.builders.average_gradients', average):
             run_case(Path(root), layout, case)

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 from composer.utils import dist
+from forks import Popen
 from omegaconf import OmegaConf
 from tiny import LABELS, tiny_lm, tiny_tokenizer, triplet
 
-import dhrd_plugin.training
-from dhrd_plugin.callbacks.progress import TokenCounter
+import dhrd_plugin.training.run
+from dhrd_plugin.callbacks.token_counter import TokenCounter
 
 ROOT = Path(__file__).parent.parent
 EPOCH = 20  # steps
@@ -89,14 +90,17 @@ def _row(index: int) -> dict:
     }
 
 
-def launch(yaml: Path, folder: Path, *overrides: str, ranks: int = 1, script: str = 'scripts/train.py'):
-    """Start a run in a folder, on several ranks by the ``composer`` command, as a process group of its own."""
+def launch(yaml: Path, folder: Path, *overrides: str, ranks: int = 1, script: str = 'scripts/train.py', start=Popen):
+    """Start a run in a folder, on several ranks by the ``composer`` command, as a process group of its own.
+
+    With ``subprocess.Popen`` to ``start`` it, nothing is forked.
+    """
     composer = [str(Path(sys.executable).parent / 'composer'), '-n', str(ranks)]
     command = [*(composer if ranks > 1 else [sys.executable]), str(ROOT / script), str(yaml), *overrides]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive', 'TOKENIZERS_PARALLELISM': 'false'}
     folder.mkdir(exist_ok=True)
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
-    return subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
+    return start(command, cwd=folder, env=env, start_new_session=True, **pipes)
 
 
 def finish(process: subprocess.Popen, timeout: float = 300) -> str:
@@ -199,5 +203,5 @@ def rows_read(folder: Path) -> dict[int, list[str]]:
 
 
 if __name__ == '__main__':
-    dhrd_plugin.training.TokenCounter = RowRecorder
-    sys.exit(dhrd_plugin.training.main())
+    dhrd_plugin.training.run.TokenCounter = RowRecorder
+    sys.exit(dhrd_plugin.training.run.main())

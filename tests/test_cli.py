@@ -1,5 +1,7 @@
 """What the command line says of a mistake, on one rank and on several."""
 
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -25,8 +27,20 @@ SLOW = """
 def test_rank_0_tells_a_mistake_though_another_rank_saw_it_first(tmp_path, error, ranks):
     script = tmp_path / 'slow.py'
     script.write_text(textwrap.dedent(SLOW.format(error=error)))
-    process = launch(script, tmp_path, ranks=ranks, script=str(script))
+    # No forks, which end more slowly than a script that imports as little as this one.
+    process = launch(script, tmp_path, ranks=ranks, script=str(script), start=subprocess.Popen)
     output = finish(process)
     assert process.returncode == 2
     assert output.count('error: rows.jsonl: line 3: found nothing\n') == 1, output
     assert 'Traceback' not in output
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """As ``dhrd evaluate ... | head -1``."""
+    code = 'import sys; from dhrd_plugin.cli import run; sys.exit(run(lambda: [print(n) for n in range(99999)]))'
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    with subprocess.Popen([sys.executable, '-c', code], **pipes) as process:
+        assert process.stdout.readline() == '0\n'
+        process.stdout.close()
+        assert process.stderr.read() == ''
+    assert process.returncode == 141

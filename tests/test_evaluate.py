@@ -1,16 +1,15 @@
 """Evaluation against scikit-learn and plain Python; the same report from every kind of model, on 1 and 2 ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from composer import Trainer
 from configs import TASK
+from forks import run_ranks
 from omegaconf import OmegaConf
+from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 from tiny import LABELS, tiny_classifier, tiny_lm, tiny_tokenizer, triplet
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -18,8 +17,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from dhrd_plugin.data.shards import write_triplets
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError
-from dhrd_plugin.evaluate import BINS, evaluate, label_order, main
-from dhrd_plugin.models.export import write_slim
+from dhrd_plugin.evaluate import BINS, describe, draw, evaluate, label_order, main, report_on
+from dhrd_plugin.export.write import write_slim
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -72,6 +71,27 @@ def test_the_calibration_error_is_the_one_of_its_definition():
     assert [row['rows'] for row in found] == counts
     for row, (confidence, accuracy) in zip(found, means, strict=True):
         assert (row['confidence'], row['accuracy']) == pytest.approx((confidence, accuracy))
+
+
+@pytest.mark.parametrize(('classes', 'widest'), [(3, 1200), (12, 2200), (77, 2300), (400, 2300)])
+def test_pictures_and_tables_of_many_classes_are_bounded(tmp_path, classes, widest):
+    names = [f'class {i} {"x" * 60}' for i in range(classes)]
+    confusion = torch.eye(classes).mul(3).long()
+    confusion[0, 1] = 2
+    report = {
+        'label_names': names,
+        'metrics': {'accuracy': 1.0},
+        'classes': {name: {'precision': 1.0, 'recall': 1.0, 'support': 3} for name in names},
+        'confusion': confusion.tolist(),
+        'calibration': {'ece': 0.1, 'bins': [{'confidence': 0.5, 'accuracy': 0.5, 'rows': 3}]},
+    }
+    draw(report, tmp_path)
+    for side in Image.open(tmp_path / 'confusion.png').size:
+        assert side < widest
+    lines = describe(report).splitlines()
+    assert len(lines) == classes + 4 and (classes < 9 or max(map(len, lines[4:])) < 240)
+    if classes > 20:
+        assert lines[4].endswith(f'  {names[0][:39]}… 3, {names[1][:39]}… 2')
 
 
 def test_labels_are_found_by_name():
@@ -143,18 +163,30 @@ def test_what_it_writes(places, capsys, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / 'predictions.jsonl').read_text().splitlines()]
     report = json.loads((tmp_path / 'report.json').read_text())
     assert [line['id'] for line in lines] == [row['id'] for row in ROWS]
+    assert {line['group'] for line in lines} == {None}
+    assert report['label_names'] == LABELS and report['task_metrics'] == list(load_task(TASK).metrics)
     right = sum(line['prediction'] == line['label'] for line in lines)
     assert report['metrics']['accuracy'] == pytest.approx(right / len(ROWS))
     for name in ('confusion.png', 'reliability.png'):
         assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
 
 
+def test_several_places_are_one_set(places, capsys, tmp_path):
+    parts = [tmp_path / 'rows.jsonl', tmp_path / 'shards']
+    parts[0].write_text('\n'.join(json.dumps(row) for row in ROWS[:9]))
+    write_triplets([{**row, 'group': row['id'][0]} for row in ROWS[9:]], parts[1])
+    expected = report_of(capsys, places / 'slim', places / 'rows.jsonl')
+    assert report_of(capsys, places / 'slim', *parts, '--output', tmp_path) == f'{expected}report: {tmp_path}\n'
+    lines = [json.loads(line) for line in (tmp_path / 'predictions.jsonl').read_text().splitlines()]
+    assert [line['id'] for line in lines] == [row['id'] for row in ROWS]
+    assert [line['group'] for line in lines] == [None] * 9 + [row['id'][0] for row in ROWS[9:]]
+    assert report_on(places / 'slim', parts) == json.loads((tmp_path / 'report.json').read_text())
+    assert capsys.readouterr().out == ''
+
+
 def test_two_ranks_read_every_row_once(places, tmp_path):
     script = Path(__file__).parent.parent / 'scripts' / 'evaluate.py'
-    composer = str(Path(sys.executable).parent / 'composer')
-    command = [composer, '-n', '2', str(script), str(places / 'slim'), str(places / 'rows.jsonl')]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([*command, '--output', str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
+    done = run_ranks(2, script, places / 'slim', places / 'rows.jsonl', '--output', tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert main([str(places / 'slim'), str(places / 'rows.jsonl'), '--output', str(tmp_path / 'one')]) == 0
     for name in ('predictions.jsonl', 'report.json'):
@@ -173,10 +205,13 @@ def test_two_ranks_read_every_row_once(places, tmp_path):
         (['absent', 'rows.jsonl'], 'expected a folder with config.json'),
         (['slim', 'rows.jsonl', '--task', 'rte'], "expected the task's ['entailment', 'not_entailment']"),
         (['slim', 'absent.jsonl'], 'absent.jsonl'),
+        (['slim', 'shards', '--task', 'em.yaml'], 'row 0: group: missing; exact match (em) counts rows by their'),
+        (['slim', 'rows.jsonl', '--batch-size', '0'], "found '0'; expected a whole number from 1"),
     ],
 )
 def test_mistakes_are_told_in_one_line(places, capsys, monkeypatch, arguments, expected):
     monkeypatch.chdir(places)
+    (places / 'em.yaml').write_text(OmegaConf.to_yaml({**TASK, 'metrics': ['em'], 'group': 'group'}))
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert expected in error and len(error.splitlines()) == 1

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dhrd_plugin import AuxiliaryReasoningLoss, ComposerDualHeadClassifier, DropReasoningHead, registry
+from dhrd_plugin import AuxiliaryReasoningLoss, ComposerDualHeadClassifier, DropReasoningHead
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.training import registry
 
 # Group, name, and what llm-foundry holds it against before it calls it.
 PARTS = {
@@ -28,6 +29,12 @@ PARTS = {
     'dataloaders': ('triplets', None),
 }
 ROWS = 31
+KEYS = [
+    'model.lora.lora_dropout=0.0',
+    'model.head=verbalizer',
+    'train_loader.layout=label_first',
+    'train_loader.rationale_max_tokens=40',
+]
 
 
 def registered(group: str):
@@ -93,9 +100,9 @@ def odd(sample, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def run(root, odd, tmp_path_factory):
-    """Two batches of the YAML, no adapter dropout."""
+    """Two batches of the YAML, no adapter dropout, and keys that are not in it."""
     out = tmp_path_factory.mktemp('run')
-    return *fit(root, out, 'model.lora.lora_dropout=0.0', f'variables.validation={odd}'), out
+    return *fit(root, out, *KEYS, f'variables.validation={odd}'), out
 
 
 def test_the_yaml_trains_both_heads_evaluates_each_row_once_and_exports(run):
@@ -114,7 +121,7 @@ def test_the_yaml_trains_both_heads_evaluates_each_row_once_and_exports(run):
 
 def test_weighing_microbatches_by_tokens_changes_nothing(root, odd, run, tmp_path):
     """llm-foundry's default. By their true tokens, microbatches of 3 rows would weigh otherwise than one of 8."""
-    overrides = ['model.lora.lora_dropout=0.0', f'variables.validation={odd}', 'device_train_microbatch_size=3']
+    overrides = [*KEYS, f'variables.validation={odd}', 'device_train_microbatch_size=3']
     _, logged = fit(root, tmp_path, *overrides)
     for name in ('total', 'classification', 'reasoning'):
         assert logged[f'loss/train/{name}'] == pytest.approx(run[1][f'loss/train/{name}'], rel=1e-5)
@@ -157,9 +164,13 @@ LOADER = {'tokenizer': None, 'device_batch_size': 8, 'task': 'rte'}
     [
         ('algorithms', {'alhpa': 1}, "algorithms.auxiliary_reasoning_loss.alhpa: unknown key; did you mean 'alpha'?"),
         ('algorithms', {'schedule': {'name': 'lineal'}}, "unknown name 'lineal'; did you mean 'linear'?"),
-        ('algorithms', {'alpha': -1.0}, 'auxiliary_reasoning_loss.alpha: found -1.0; expected a finite number >= 0'),
+        ('algorithms', {'alpha': -1.0}, 'auxiliary_reasoning_loss.alpha: found -1.0; expected a number of 0 or more'),
         ('models', {**MODEL, 'poling': 'last'}, "model.poling: unknown key; did you mean 'pooling'?"),
-        ('models', {**MODEL, 'head': 'mpl'}, "model.head: found 'mpl'; did you mean 'mlp'?"),
+        (
+            'models',
+            {**MODEL, 'head': 'mpl'},
+            "model.head: found 'mpl'; expected one of ['mlp', 'linear', 'verbalizer']",
+        ),
         ('models', {**MODEL, 'init_device': 'meta'}, "model.init_device: found 'meta'; expected 'cpu'"),
         ('models', {**MODEL, 'reasoning_targets': 'rationale'}, 'expected it in train_loader'),
         ('dataloaders', {**LOADER, 'sorce': 'x'}, "train_loader.sorce: unknown key; did you mean 'source'?"),

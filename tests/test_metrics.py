@@ -2,18 +2,18 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from evaluations import ALL, cases, classifier, evaluate, predictions
+from forks import run_ranks
 from sklearn.metrics import accuracy_score, f1_score
-from tiny import LABELS, tiny_tokenizer, triplets
+from tiny import LABELS, tiny_classifier, tiny_tokenizer, triplets
 
 from dhrd_plugin import TripletCollator
-from dhrd_plugin.data.collation import group_index, split_by_length
+from dhrd_plugin.data.collator import group_index
+from dhrd_plugin.data.data_spec import split_by_length
 from dhrd_plugin.data.tasks import load_task, task_names
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.metrics import ExactMatch, build_metrics
@@ -31,10 +31,7 @@ def shared_or_none(root):
 def two_ranks(root, shared_or_none, tmp_path_factory):
     """The metrics that either rank computed, of all cases, from one launch."""
     out = tmp_path_factory.mktemp('ranks')
-    command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', 'tests/evaluations.py', str(out)]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    command.append(str(shared_or_none or ''))
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
+    done = run_ranks(2, 'tests/evaluations.py', out, shared_or_none or '', cwd=root)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return [json.loads((out / f'rank{rank}.json').read_text()) for rank in (0, 1)]
 
@@ -53,6 +50,22 @@ def expected_metrics(rows, labels, names):
         'em': ('ExactMatch', lambda: sum(questions.values()) / len(questions)),
     }
     return {name: value() for name, value in (values[name] for name in names)}
+
+
+def test_rows_without_a_label_do_not_count():
+    told = dict.fromkeys(LABELS, 1 / 3)
+    rows = [{**row, 'group': f'q{index // 3}', 'probabilities': told} for index, row in enumerate(triplets(8))]
+    collate = TripletCollator(tiny_tokenizer(), LABELS, reasoning=False, groups=True)
+    labelled = collate([row for index, row in enumerate(rows) if index not in (1, 4, 7)])
+    mixed = collate([{**row, 'label': ''} if index in (1, 4, 7) else row for index, row in enumerate(rows)])
+    none = collate([{**row, 'label': ''} for row in rows])
+    model = tiny_classifier().eval()
+    for name in ('accuracy', 'macro_f1', 'em'):
+        (found,), (expected,) = build_metrics([name], len(LABELS)), build_metrics([name], len(LABELS))
+        for batch in (mixed, none):
+            model.update_metric(batch, model.eval_forward(batch), found)
+        model.update_metric(labelled, model.eval_forward(labelled), expected)
+        assert float(found.compute()) == float(expected.compute())
 
 
 @pytest.mark.parametrize('case', ['binary', 'three classes', 'one row', 'multirc'])

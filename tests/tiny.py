@@ -24,18 +24,25 @@ VOCAB = {word: i for i, word in enumerate(['<pad>', '<unk>', '<s>', '<REASON>', 
 LORA_TARGETS = {'gpt2': ['c_attn', 'c_proj', 'c_fc']}
 
 
-def tiny_tokenizer(bos=False):
-    """One token to a word; ``bos`` puts ``<s>`` before an input, as Llama's tokenizer does."""
+def tiny_tokenizer(bos=False, apart=False, eos=False):
+    """One token to a word.
+
+    ``bos`` puts ``<s>`` before an input, as Llama's tokenizer does, ``eos`` after it. With ``apart`` no text gives a
+    special token, so that none but padding is the pad token.
+    """
     tokenizer = Tokenizer(models.WordLevel(VOCAB, unk_token='<unk>'))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 2)])
+    split = [pre_tokenizers.WhitespaceSplit()] + [pre_tokenizers.Punctuation()] * apart
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    if bos or eos:
+        single = ' '.join(['<s>'] * bos + ['$A'] + ['<s>'] * eos)
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[('<s>', 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token='<pad>',
         unk_token='<unk>',
         bos_token='<s>',
         model_input_names=['input_ids', 'attention_mask'],  # a decoder has no token types
+        **({'split_special_tokens': True} if apart else {}),
     )
 
 
@@ -85,10 +92,13 @@ def exact(model):
     return model.double()
 
 
-def tiny_network(kind='llama', head='mlp', pooling='last', tied=False, lora=False, seed=0, chunk_size=5):
+def tiny_network(kind='llama', head='mlp', pooling='last', tied=False, lora=False, seed=0, chunk_size=5, norm=False):
     """A dual-head network; its adapters are not at their initial zero."""
-    network = DualHeadNetwork(tiny_lm(kind, tied, seed), len(LABELS), head, pooling, chunk_size=chunk_size)
+    options = {'head': 'linear' if head == 'verbalizer' else head, 'chunk_size': chunk_size, 'norm': norm}
+    network = DualHeadNetwork(tiny_lm(kind, tied, seed), len(LABELS), pooling=pooling, **options)
     nn.init.normal_(network.classifier.out_proj.weight, std=0.3)
+    if head == 'verbalizer':
+        network.begin_as_answers(tiny_tokenizer(), LABELS)
     if lora:
         targets = {'target_modules': LORA_TARGETS[kind]} if kind in LORA_TARGETS else {}
         add_lora(network, {'r': 2, 'lora_dropout': 0.0, **targets})
@@ -115,6 +125,7 @@ def triplet(index=0, words=4, reason=3, label=None):
         'rationale': None if reason is None else ' '.join(draw[words:]),
         'weight': 1.0,
         'group': '',
+        'probabilities': None,
     }
 
 

@@ -1,4 +1,4 @@
-"""How the gradients of the two losses compare, in norm and in direction, while both are trained."""
+"""Compare the gradients of the two losses, in norm and direction, while both are trained."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,26 +11,18 @@ from composer.models.huggingface import maybe_get_underlying_model
 from composer.utils import dist
 from torch import Tensor, nn
 
-from dhrd_plugin import registry
 from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss, scheduled_alpha
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
+from dhrd_plugin.times import parse_time
 
 NO_FSDP = 'FSDP shards the gradients of the total loss alone; leave one of the two out (DDP works)'
 NO_COMPILE = 'a compiled model keeps no graph for a second backward pass; leave one of the two out'
 _CLIPPING_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
-def loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of a loss; the graph is kept for the backward pass to come, and ``.grad`` left alone.
-
-    Args:
-        loss: a scalar.
-        parameters: trainable.
-
-    Returns:
-        One tensor for each parameter, zeros where the loss does not depend on it.
-    """
+def _loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of a scalar for each parameter; the graph is kept for the backward pass, ``.grad`` left alone."""
     if not loss.requires_grad:
         return [torch.zeros_like(parameter) for parameter in parameters]
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
@@ -45,15 +37,15 @@ def compare_gradients(
     beta: float = 1.0,
     clipping_threshold: float | None = None,
 ) -> dict[str, float]:
-    """Norms, cosine, and what clipping leaves, of the two gradients of Eq. 4 (ours, issue 7; not the paper's).
+    """Compute norms, cosine and clipping of the two gradients of Eq. 4 (ours, issue 7; not the paper's).
 
     Args:
         classification: of the classification loss, one tensor for each parameter.
         reasoning: of the reasoning loss, likewise.
         shared: for each parameter, whether both losses reach it: those of the backbone, not of a head.
-        alpha: weight of the reasoning loss.
-        beta: weight of the classification loss.
-        clipping_threshold: of a clipping by the norm over all parameters. Default: there is none.
+        alpha: weight of the reasoning loss. Default: 1.
+        beta: weight of the classification loss. Default: 1.
+        clipping_threshold: largest norm over all parameters. Default: no clipping.
 
     Returns:
         Over the shared parameters: ``classification_norm`` and ``reasoning_norm`` as they enter the total,
@@ -89,8 +81,8 @@ def _left(norm: float, threshold: float) -> float:
     return min(1.0, threshold / (norm + _CLIPPING_EPSILON))
 
 
-def backbone(model: nn.Module) -> nn.Module:
-    """What both heads of a model share: the decoder, with its embedding, also where the LM head is tied to it."""
+def _backbone(model: nn.Module) -> nn.Module:
+    """The part of a model that both heads share: the decoder and its embedding, also if the LM head is tied to it."""
     model = getattr(model, 'module', model)
     if isinstance(model, ComposerDualHeadClassifier):
         return model.network.backbone
@@ -98,17 +90,18 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 class GradientComparison(Callback):
-    """Logs how the gradients of both losses compare, at the steps chosen, as ``dhrd/grad/...``.
+    """Logs how the gradients of both losses compare, at the chosen steps, as ``dhrd/grad/...``.
 
     ``classification_norm``, ``reasoning_norm``, ``cosine`` and the rest are those of
     :func:`compare_gradients`, for the whole batch over all microbatches and ranks. They are of the
-    step at which they are logged, before clipping, and do not change the training. Each step chosen
+    step at which they are logged, before clipping, and do not change the training. Each chosen step
     costs two more backward passes and the memory of two gradients. Where alpha is 0, or no row has a
     rationale, there is no cosine; without :class:`~dhrd_plugin.AuxiliaryReasoningLoss` the reasoning
     norm is 0. Under ``amp_fp16`` small gradients may vanish: the losses are not scaled here.
 
     Args:
-        interval: the first batch, and then each so many batches (``'10ba'``) or epochs (``'1ep'``).
+        interval: compare at the first batch and then every so many batches (``'10ba'``) or epochs
+            (``'1ep'``). Default: ``'10ba'``.
 
     Raises:
         UserError: another interval; before training, FSDP or a compiled model.
@@ -118,7 +111,7 @@ class GradientComparison(Callback):
     """
 
     def __init__(self, interval: str = '10ba'):
-        self.interval: Time = registry.parse_time(interval, 'gradient_comparison.interval')
+        self.interval: Time = parse_time(interval, 'gradient_comparison.interval')
         if self.interval.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH) or self.interval.value < 1:
             raise UserError(f"gradient_comparison.interval: found {interval!r}; expected batches or epochs, as '10ba'")
         self._sums: list[list[Tensor]] = []
@@ -126,7 +119,7 @@ class GradientComparison(Callback):
         self._reasons = False
 
     def init(self, state: State, logger: Logger) -> None:
-        """Refuse what cannot work."""
+        """Refuse FSDP."""
         del logger
         if state.fsdp_config is not None:
             raise UserError(f'gradient_comparison: found with FSDP: {NO_FSDP}')
@@ -138,7 +131,7 @@ class GradientComparison(Callback):
             raise UserError(f'gradient_comparison: found with torch.compile: {NO_COMPILE}')
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Begin anew; also where a batch is tried again."""
+        """Start again, also where a batch is retried."""
         del state, logger
         self._sums, self._samples, self._reasons = [], 0, False
 
@@ -156,7 +149,7 @@ class GradientComparison(Callback):
         self._reasons = 'reasoning' in losses  # the same on every rank: alpha is a function of the time
         for sums, name in zip(self._sums, ('classification', 'reasoning')):
             if name in losses:
-                for total, gradient in zip(sums, loss_gradients(losses[name], parameters)):
+                for total, gradient in zip(sums, _loss_gradients(losses[name], parameters)):
                     total.add_(gradient, alpha=samples)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
@@ -168,7 +161,7 @@ class GradientComparison(Callback):
         for gradient in self._sums[0] + (self._sums[1] if self._reasons else []):
             dist.all_reduce(gradient)
             gradient.div_(samples)
-        shared = {id(parameter) for parameter in backbone(state.model).parameters()}
+        shared = {id(parameter) for parameter in _backbone(state.model).parameters()}
         found = compare_gradients(
             self._sums[0],
             self._sums[1],

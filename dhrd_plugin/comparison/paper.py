@@ -3,29 +3,20 @@
 import re
 from dataclasses import dataclass
 
-__all__ = ['ALPHAS', 'BACKBONES', 'CONTROLS', 'TABLE1', 'TASKS', 'Setting', 'backbone']
-
 TASKS = ('boolq', 'cb', 'copa', 'multirc', 'rte', 'wic', 'wsc')
 BACKBONES = ('Llama-3.1-8B', 'Qwen3-8B', 'Llama-3.2-3B', 'Qwen3-4B')
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A line of Table 1, in percent.
+    """A line of Table 1, in percent."""
 
-    Attributes:
-        backbone: one of BACKBONES.
-        name: as the paper calls it.
-        values: of each of TASKS; two where the task has two metrics (CB: macro-F1, accuracy; MultiRC: F1a, EM).
-        average: of the seven scores, where two metrics count as their mean.
-        relative: the average over that of the pooled baseline, minus 1, in percent.
-    """
-
-    backbone: str
-    name: str
+    backbone: str  # one of BACKBONES
+    name: str  # as the paper calls it
+    # of each of TASKS; two where the task has two metrics (CB: macro-F1, accuracy; MultiRC: F1a, EM)
     values: tuple[tuple[float, ...], ...]
-    average: float
-    relative: float | None = None
+    average: float  # of the seven scores, where two metrics count as their mean
+    relative: float | None = None  # the average over that of the pooled baseline, minus 1, in percent
 
 
 def _line(backbone: str, name: str, values: str, average: float, relative: float | None = None) -> Setting:

@@ -1,7 +1,7 @@
 """What a comparison left behind: ``comparison.yaml`` and ``results.jsonl``, read and checked."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,7 @@ from typing import Any
 import yaml
 
 from dhrd_plugin.data.tasks import METRICS
-from dhrd_plugin.errors import UserError, nearest
-
-__all__ = ['PLAN', 'RESULTS', 'Cell', 'Results', 'Rows', 'read_lines', 'read_plan', 'read_results']
+from dhrd_plugin.errors import UserError, nearest, user_errors
 
 PLAN, RESULTS = 'comparison.yaml', 'results.jsonl'
 
@@ -37,44 +35,36 @@ KINDS: dict[str, Any] = {
 }
 ROWS = ('label_names', 'task_metrics', 'ids', 'labels', 'groups')  # what all cells of an evaluation set share
 
-Cell = tuple[str, str, int]  # task, arm, seed
+CellKey = tuple[str, str, int]  # task, arm, seed
 Rows = tuple[str, str]  # task, split: an evaluation set
 
 
 @dataclass(frozen=True)
 class Results:
-    """A comparison and as much of it as is there.
+    """A comparison and as much of it as is there."""
 
-    Attributes:
-        name: of the comparison.
-        baseline: the arm that the others are held against.
-        tasks: in the order in which they are shown.
-        arms: likewise.
-        seeds: likewise.
-        text: ``comparison.yaml`` as it is.
-        sets: the evaluation sets, as (task, split); the first of a task is the one that counts.
-        records: a line of ``results.jsonl`` by task, split, arm and seed.
-        missing: cells that the comparison has and the results have not.
-        extra: cells that the results have and the comparison has not; they are left out.
-        repeated: lines that a later one of the same cell and split replaces.
-    """
-
-    name: str
-    baseline: str
-    tasks: list[str]
-    arms: list[str]
-    seeds: list[int]
-    text: str
-    sets: list[Rows]
-    records: dict[tuple[str, str, str, int], dict[str, Any]]
-    missing: list[Cell]
-    extra: list[Cell]
-    repeated: int
+    name: str  # of the comparison
+    baseline: str  # the arm that the others are held against
+    tasks: list[str]  # in the order in which they are shown
+    arms: list[str]  # likewise
+    seeds: list[int]  # likewise
+    text: str  # ``comparison.yaml`` as it is
+    sets: list[Rows]  # the evaluation sets, as (task, split); the first of a task is the one that counts
+    records: dict[tuple[str, str, str, int], dict[str, Any]]  # a line of ``results.jsonl`` by task, split, arm and seed
+    missing: list[CellKey]  # cells that the comparison has and the results have not
+    extra: list[CellKey]  # cells that the results have and the comparison has not; they are left out
+    repeated: int  # lines that a later one of the same cell and split replaces
 
     @property
     def main_sets(self) -> list[Rows]:
         """The first evaluation set of each task that has one: its score is the task's."""
         return list({task: (task, split) for task, split in reversed(self.sets)}.values())[::-1]
+
+    @property
+    def further_sets(self) -> dict[str, list[Rows]]:
+        """The other evaluation sets, by split."""
+        further = [rows for rows in self.sets if rows not in self.main_sets]
+        return {split: [rows for rows in further if rows[1] == split] for _, split in further}
 
     @property
     def planned(self) -> int:
@@ -100,19 +90,15 @@ def read_results(folder: Path) -> Results:
 
     Args:
         folder: holds ``comparison.yaml`` and, once a cell has ended, ``results.jsonl``.
-
-    Raises:
-        UserError: a file that is missing or broken, or cells of a task that saw different rows.
     """
     plan, text = read_plan(folder / PLAN)
     tasks, arms, seeds = list(plan['tasks']), list(plan['arms']), list(plan['seeds'])
-    lines = read_lines(folder / RESULTS)
-    wanted = [(task, arm, seed) for task in tasks for arm in arms for seed in seeds]
-    found = {(line['task'], line['arm'], line['seed']): None for line in lines}
-    kept = [line for line in lines if (line['task'], line['arm'], line['seed']) in set(wanted)]
+    wanted = dict.fromkeys((task, arm, seed) for task in tasks for arm in arms for seed in seeds)
+    lines = [((line['task'], line['arm'], line['seed']), line) for line in read_lines(folder / RESULTS)]
+    found = dict.fromkeys(key for key, _ in lines)
+    kept = [line for key, line in lines if key in wanted]
     records = {(line['task'], line['split'], line['arm'], line['seed']): line for line in kept}
-    splits = {(line['task'], line['split']): None for line in kept}
-    sets = sorted(splits, key=lambda rows: tasks.index(rows[0]))  # stable: splits stay in the file's order
+    splits = dict.fromkeys((line['task'], line['split']) for line in kept)
     return Results(
         name=str(plan.get('name', folder.name)),
         baseline=plan['baseline'],
@@ -120,27 +106,28 @@ def read_results(folder: Path) -> Results:
         arms=arms,
         seeds=seeds,
         text=text,
-        sets=sets,
+        sets=sorted(splits, key=lambda rows: tasks.index(rows[0])),  # stable: splits stay in the file's order
         records=records,
         missing=[cell for cell in wanted if cell not in found],
-        extra=[cell for cell in found if cell not in set(wanted)],
+        extra=[cell for cell in found if cell not in wanted],
         repeated=len(kept) - len(records),
     )
 
 
 def read_plan(path: Path) -> tuple[Mapping[str, Any], str]:
-    """A ``comparison.yaml``, checked, and its text.
+    """Read a ``comparison.yaml``.
 
-    Raises:
-        UserError: it is missing, broken, or lacks tasks, arms, seeds or a baseline among the arms.
+    Args:
+        path: of the file.
+
+    Returns:
+        What it holds, checked, and its text.
     """
-    try:
+    if not path.exists():
+        raise UserError(f'{path}: no such file; expected a folder that dhrd compare wrote')
+    with user_errors(f'{path}: not YAML', yaml.YAMLError, UnicodeDecodeError):
         text = path.read_text(encoding='utf-8')
         plan = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such file; expected a folder that compare.py wrote') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: not YAML: {" ".join(str(error).split())}') from None
     for key, kind in {'tasks': dict, 'arms': dict, 'seeds': list, 'baseline': str}.items():
         found = plan.get(key) if isinstance(plan, dict) else None
         if not isinstance(found, kind) or not found:
@@ -151,19 +138,20 @@ def read_plan(path: Path) -> tuple[Mapping[str, Any], str]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``results.jsonl``, checked; none where there is no such file.
+    """Read a ``results.jsonl``.
 
-    Raises:
-        UserError: a line that is no result, or saw other rows than those of its task before it.
+    Args:
+        path: of the file.
+
+    Returns:
+        Its lines, checked; none where there is no such file.
     """
     if not path.exists():
         return []
+    with user_errors(f'{path}: not UTF-8', UnicodeDecodeError):
+        texts = path.read_text(encoding='utf-8').split('\n')
     lines: list[dict[str, Any]] = []
     first: dict[Rows, tuple[int, dict[str, Any]]] = {}
-    try:
-        texts = path.read_text(encoding='utf-8').split('\n')
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path}: not UTF-8: {error}') from None
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
@@ -196,37 +184,33 @@ def _read_line(text: str, where: str) -> dict[str, Any]:
         if not isinstance(found, kind) or isinstance(found, bool):
             expected = 'a number' if isinstance(kind, tuple) else kind.__name__
             raise UserError(f'{where}: {key}: found {str(found)[:60]!r}; expected {expected}')
-    _check_rows(line, where)
-    _check_metrics(line, where)
-    for name, points in line['series'].items():
-        if not isinstance(points, list) or any(not isinstance(point, list) or len(point) != 2 for point in points):
-            raise UserError(f'{where}: series: {name}: expected a list of [step, value]')
+    for complaint in _complaints(line):
+        raise UserError(f'{where}: {complaint}')
     return line
 
 
-def _check_rows(line: Mapping[str, Any], where: str) -> None:
-    rows, names = len(line['ids']), line['label_names']
+def _complaints(line: Mapping[str, Any]) -> Iterator[str]:
+    rows, names, metrics, groups = len(line['ids']), line['label_names'], line['task_metrics'], line['groups']
     if not rows:
-        raise UserError(f'{where}: ids: found no rows; expected one at least')
+        yield 'ids: found no rows; expected one at least'
     for key in ('labels', 'predictions', 'groups'):
         if len(line[key]) != rows:
-            raise UserError(f'{where}: {key}: found {len(line[key])}; expected {rows}, one for each id')
+            yield f'{key}: found {len(line[key])}; expected {rows}, one for each id'
     for key in ('labels', 'predictions'):
         for index, value in enumerate(line[key]):
             if type(value) is not int or not 0 <= value < len(names):
-                raise UserError(f'{where}: {key}: found {value!r} at {index}; expected 0 to {len(names) - 1}')
-    if None in line['groups'] and any(group is not None for group in line['groups']):
-        raise UserError(f'{where}: groups: found rows with a group and rows without; expected all or none')
-
-
-def _check_metrics(line: Mapping[str, Any], where: str) -> None:
-    names = line['task_metrics']
-    if not names:
-        raise UserError(f'{where}: task_metrics: found none; expected some of {", ".join(METRICS)}')
-    for name in names:
+                yield f'{key}: found {value!r} at {index}; expected 0 to {len(names) - 1}'
+    if None in groups and any(group is not None for group in groups):
+        yield 'groups: found rows with a group and rows without; expected all or none'
+    if not metrics:
+        yield f'task_metrics: found none; expected some of {", ".join(METRICS)}'
+    for name in metrics:
         if name not in METRICS:
-            raise UserError(f'{where}: task_metrics: found {name!r}; {nearest(name, METRICS)}')
-    if 'em' in names and None in line['groups']:
-        raise UserError(f'{where}: groups: found rows without a group; exact match needs one for each')
-    if 'f1a' in names and len(line['label_names']) != 2:
-        raise UserError(f'{where}: label_names: found {len(line["label_names"])}; f1a needs 2')
+            yield f'task_metrics: found {name!r}; {nearest(name, METRICS)}'
+    if 'em' in metrics and None in groups:
+        yield 'groups: found rows without a group; exact match needs one for each'
+    if 'f1a' in metrics and len(names) != 2:
+        yield f'label_names: found {len(names)}; f1a needs 2'
+    for name, points in line['series'].items():
+        if not isinstance(points, list) or any(not isinstance(point, list) or len(point) != 2 for point in points):
+            yield f'series: {name}: expected a list of [step, value]'

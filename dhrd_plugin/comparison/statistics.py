@@ -11,110 +11,164 @@ Bootstrap", 2015, on narrowness bias). That is no cure where seeds differ by muc
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dhrd_plugin.comparison.resampling import Floats, cluster, count, measure, resample
 from dhrd_plugin.comparison.results import Results, Rows
 from dhrd_plugin.errors import UserError
 
-__all__ = ['Difference', 'Estimate', 'McNemar', 'Statistics', 'analyse', 'mcnemar', 'verdict']
-
 RESAMPLES = 10_000
 SEED = 17
+BLOCK = 2**22  # numbers drawn at once
+POWER = 0.8  # the chance that a detectable difference is shown
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % percentile interval.
+    """A value and its 95 % percentile interval."""
 
-    Attributes:
-        value: on all seeds and rows.
-        low: the 2.5th percentile of the resamples.
-        high: the 97.5th.
-        seeds: the fewest seeds behind it; with one the interval is over rows alone.
-    """
-
-    value: float
-    low: float
-    high: float
-    seeds: int
+    value: float  # on all seeds and rows
+    low: float  # the 2.5th percentile of the resamples
+    high: float  # the 97.5th
+    seeds: int  # the fewest seeds behind it; with one the interval is over rows alone
 
 
 @dataclass(frozen=True)
 class Difference(Estimate):
     """An arm minus the baseline, on the seeds that both have."""
 
+    error: float = 0.0  # the standard error: the standard deviation of the resamples
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference that such a comparison, of as many rows and seeds, shows in 80 % of cases.
+
+        ``(z(0.975) + z(0.8)) * error``, about 2.8 standard errors: Bloom, "Minimum Detectable Effects" (Evaluation
+        Review 19(5), 1995), for a two-sided test at 5 %. The standard error is that of the paired resamples, so the
+        more rows both arms have right or wrong together, the smaller it is. For an accuracy and one seed it is
+        McNemar's, ``sqrt((b + c - (b - c)^2 / n)) / n``, with b and c of :class:`McNemar`, and n rows.
+        """
+        return (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(POWER)) * self.error
+
+    @property
+    def too_small(self) -> bool:
+        """Whether rows and seeds are too few to show a difference of the size seen, and none is shown."""
+        return self.verdict == 'no difference shown' and 0 < abs(self.value) < self.detectable
+
     @property
     def verdict(self) -> str:
         """``gain`` or ``loss`` only where the interval excludes zero, else ``no difference shown``."""
-        return verdict(self.low, self.high)
+        if self.low > 0:
+            return 'gain'
+        return 'loss' if self.high < 0 else 'no difference shown'
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """Exact McNemar test of one seed: of the rows that one of two arms has right, how many either has.
+    """Exact McNemar test of one seed: of the rows that one of two arms has right, how many either has."""
 
-    Attributes:
-        baseline_only: rows that the baseline alone has right.
-        arm_only: rows that the arm alone has right.
-        p: two-sided.
-    """
-
-    baseline_only: int
-    arm_only: int
-    p: float
+    baseline_only: int  # rows that the baseline alone has right
+    arm_only: int  # rows that the arm alone has right
+    p: float  # two-sided
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Everything that the report says of the scores, between 0 and 1. Keys are missing where cells are.
+    """Everything that the report says of the scores, between 0 and 1. Keys are missing where cells are."""
 
-    Attributes:
-        scores: of each evaluation set and arm, the mean of the task's metrics over seeds.
-        metrics: the mean over seeds of each of these metrics.
-        differences: of each evaluation set and arm, to the baseline.
-        tests: of each evaluation set, arm and seed.
-        common: the tasks that all arms with results have; averages are over these.
-        averages: of each arm, the mean of the scores of the common tasks.
-        average_differences: of each arm, to the baseline.
-        relative: of each arm, average(arm) / average(baseline) - 1, as the paper's "rel.".
-    """
-
+    # of each evaluation set and arm, the mean of the task's metrics over seeds
     scores: dict[tuple[Rows, str], Estimate]
-    metrics: dict[tuple[Rows, str], dict[str, float]]
-    differences: dict[tuple[Rows, str], Difference]
-    tests: dict[tuple[Rows, str, int], McNemar]
-    common: list[str]
-    averages: dict[str, Estimate]
-    average_differences: dict[str, Difference]
-    relative: dict[str, Estimate]
+    metrics: dict[tuple[Rows, str], dict[str, float]]  # the mean over seeds of each of these metrics
+    differences: dict[tuple[Rows, str], Difference]  # of each evaluation set and arm, to the baseline
+    tests: dict[tuple[Rows, str, int], McNemar]  # of each evaluation set, arm and seed
+    common: list[str]  # the tasks that all arms with results have; averages are over these
+    averages: dict[str, Estimate]  # of each arm, the mean of the scores of the common tasks
+    average_differences: dict[str, Difference]  # of each arm, to the baseline
+    relative: dict[str, Estimate]  # of each arm, average(arm) / average(baseline) - 1, as the paper's "rel."
 
 
-def verdict(low: float, high: float) -> str:
-    """What an interval of a difference says."""
-    if low > 0:
-        return 'gain'
-    return 'loss' if high < 0 else 'no difference shown'
+def chance(labels: Sequence[int], classes: int) -> tuple[float, float]:
+    """The accuracy of one answer to all N rows, that of most of them, and of an answer drawn evenly from K classes."""
+    return max(np.bincount(labels)) / len(labels), 1 / classes
 
 
-# ------------------------------------------------------------------------------- scores of resamples
+def is_constant(record: Mapping[str, Any]) -> bool:
+    """Whether a cell answered one label to every row of several."""
+    return len(set(record['predictions'])) == 1 < len(set(record['labels']))
+
+
+# ------------------------------------------------------------------------- metrics of resampled rows
+
+
+def cluster(groups: Sequence[Any]) -> NDArray[np.int64]:
+    """[N] the number of each row's cluster: its group, or itself where rows have none."""
+    if None in groups:
+        return np.arange(len(groups))
+    number = {group: index for index, group in enumerate(dict.fromkeys(groups))}
+    return np.array([number[group] for group in groups])
+
+
+def count(labels: Sequence[int], predictions: Sequence[int], clusters: NDArray[np.int64], classes: int) -> Floats:
+    """What the metrics are made of, by cluster.
+
+    Returns:
+        [G, 3 K + 2]: for each of K classes the rows of it that are right, are predicted so, are labelled so;
+        then whether every row is right, and 1 for the cluster itself.
+    """
+    truth, guess = np.asarray(labels), np.asarray(predictions)
+    right, size = truth == guess, int(clusters.max()) + 1
+    counts = np.zeros((size, 3 * classes + 2))
+    np.add.at(counts, (clusters[right], truth[right]), 1)
+    np.add.at(counts, (clusters, classes + guess), 1)
+    np.add.at(counts, (clusters, 2 * classes + truth), 1)
+    counts[:, -2] = np.bincount(clusters, ~right, size) == 0
+    counts[:, -1] = 1
+    return counts
+
+
+def measure(name: str, counts: Floats) -> Floats:
+    """A metric of :mod:`dhrd_plugin.metrics` from sums of counts [..., 3 K + 2], or of resamples of them.
+
+    A class that is neither predicted nor present does not count in the macro-F1, as with torchmetrics and
+    scikit-learn; one that is never predicted counts as 0.
+    """
+    right, guessed, present = np.split(counts[..., :-2], 3, axis=-1)
+    seen = guessed + present
+    f1 = np.divide(2 * right, seen, out=np.zeros_like(seen), where=seen > 0)
+    if name == 'accuracy':
+        return right.sum(-1) / present.sum(-1)
+    if name == 'macro_f1':
+        return f1.sum(-1) / (seen > 0).sum(-1)
+    if name == 'f1a':
+        return f1[..., 1]
+    return counts[..., -2] / counts[..., -1]  # em
+
+
+def resample(counts: Floats, resamples: int, rng: np.random.Generator) -> Floats:
+    """Sum counts [G, C] over G clusters drawn with replacement, so many times: [B, C]."""
+    size, sums = len(counts), []
+    step = max(1, BLOCK // size)
+    for block in (min(step, resamples - start) for start in range(0, resamples, step)):
+        drawn = rng.integers(size, size=(block, size)) + size * np.arange(block)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=block * size).reshape(block, size)  # each cluster is drawn
+        sums.append(times.astype(np.float64) @ counts)
+    return np.concatenate(sums)
+
+
+# ------------------------------------------------------------------------- scores of resampled seeds
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The scores of an evaluation set, on all rows and on each resample of them.
+    """The scores of an evaluation set, on all rows and on each resample of them."""
 
-    Attributes:
-        full: of each arm, the score on all rows by seed.
-        drawn: of each arm, [B] scores on the resampled rows by seed.
-        picks: [B, S] numbers in [0, 1) that choose the seeds of a resample, for all arms alike.
-    """
-
-    full: dict[str, dict[int, float]]
-    drawn: dict[str, dict[int, Floats]]
-    picks: Floats
+    full: dict[str, dict[int, float]]  # of each arm, the score on all rows by seed
+    drawn: dict[str, dict[int, Floats]]  # of each arm, [B] scores on the resampled rows by seed
+    picks: Floats  # [B, S] numbers in [0, 1) that choose the seeds of a resample, for all arms alike
 
     def mean(self, arm: str, seeds: Sequence[int]) -> tuple[float, Floats]:
         """An arm's mean over S seeds, and [B] means over S seeds drawn from them."""
@@ -165,36 +219,45 @@ def analyse(results: Results, resamples: int = RESAMPLES) -> Statistics:
     """All statistics of a comparison.
 
     Args:
-        results: see :func:`dhrd_plugin.comparison.results.read_results`.
-        resamples: of the bootstrap. The draws are seeded: the same results give the same intervals.
-
-    Raises:
-        UserError: a recorded metric is not that of the recorded predictions.
+        results: see :func:`~dhrd_plugin.comparison.results.read_results`.
+        resamples: of the bootstrap. The draws are seeded: the same results give the same intervals. Default: 10,000.
     """
     sets = {rows: sample(results, rows, resamples) for rows in results.sets}
-    base = results.baseline
-    scores: dict[tuple[Rows, str], Estimate] = {}
-    differences: dict[tuple[Rows, str], Difference] = {}
-    for rows, sampled in sets.items():
-        for arm, full in sampled.full.items():
-            scores[rows, arm] = Estimate(*_interval(*sampled.mean(arm, [*full])), len(full))
-            if arm != base and (seeds := sampled.shared(arm, base)):
-                (value, drawn), (other, drawn_base) = sampled.mean(arm, seeds), sampled.mean(base, seeds)
-                differences[rows, arm] = Difference(*_interval(value - other, drawn - drawn_base), len(seeds))
-    mains = [sets[rows] for rows in results.main_sets]
-    started = [arm for arm in results.arms if any(arm in sampled.full for sampled in mains)]
-    common = {rows: sets[rows] for rows in results.main_sets if all(sets[rows].full.get(arm) for arm in started)}
-    averages, average_differences, relative = _average([*common.values()], started, base)
+    base, mains = results.baseline, results.main_sets
+    started = [arm for arm in results.arms if any(arm in sets[rows].full for rows in mains)]
+    common = [rows for rows in mains if all(arm in sets[rows].full for arm in started)]
+    tasks = [sets[rows] for rows in common]
+    scores = {(rows, arm): _score([sampled], arm) for rows, sampled in sets.items() for arm in sampled.full}
+    average = {arm: found for arm in started if (found := _compared(tasks, arm, base))}
     return Statistics(
         scores=scores,
         metrics={key: _means(results.cells(*key)) for key in scores},
-        differences=differences,
-        tests=_tests(results, [*scores]),
+        differences={key: found[0] for key in scores if (found := _compared([sets[key[0]]], key[1], base))},
+        tests={key: test for rows, arm in scores for key, test in _tests(results, rows, arm).items()},
         common=[task for task, _ in common],
-        averages=averages,
-        average_differences=average_differences,
-        relative=relative,
+        averages={arm: _score(tasks, arm) for arm in started if tasks},
+        average_differences={arm: difference for arm, (difference, _) in average.items()},
+        relative={arm: relative for arm, (_, relative) in average.items() if relative},
     )
+
+
+def _score(tasks: Sequence[Sampled], arm: str) -> Estimate:
+    seeds = [[*task.full[arm]] for task in tasks]
+    return Estimate(*_interval(*_over(tasks, arm, seeds)), min(map(len, seeds)))
+
+
+def _compared(tasks: Sequence[Sampled], arm: str, base: str) -> tuple[Difference, Estimate | None] | None:
+    """An arm minus the baseline, and relative to it where that is above zero in every resample."""
+    seeds = [task.shared(arm, base) for task in tasks]
+    if arm == base or not tasks or not all(seeds):
+        return None
+    (value, drawn), (other, drawn_base) = _over(tasks, arm, seeds), _over(tasks, base, seeds)
+    fewest = min(map(len, seeds))
+    error = float(np.std(drawn - drawn_base))
+    difference = Difference(*_interval(value - other, drawn - drawn_base), fewest, error)
+    if other <= 0 or (drawn_base <= 0).any():
+        return difference, None
+    return difference, Estimate(*_interval(value / other - 1, drawn / drawn_base - 1), fewest)
 
 
 def _interval(value: float, drawn: Floats) -> tuple[float, float, float]:
@@ -208,39 +271,18 @@ def _means(cells: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(np.mean([record['metrics'][name] for record in records])) for name in names}
 
 
-def _average(
-    tasks: Sequence[Sampled], arms: Sequence[str], base: str
-) -> tuple[dict[str, Estimate], dict[str, Difference], dict[str, Estimate]]:
-    averages: dict[str, Estimate] = {}
-    differences: dict[str, Difference] = {}
-    relative: dict[str, Estimate] = {}
-    for arm in arms if tasks else ():
-        own = [[*task.full[arm]] for task in tasks]
-        averages[arm] = Estimate(*_interval(*_over(tasks, arm, own)), min(map(len, own)))
-        seeds = [task.shared(arm, base) for task in tasks]
-        if arm != base and all(seeds):
-            (value, drawn), (other, drawn_base) = _over(tasks, arm, seeds), _over(tasks, base, seeds)
-            fewest = min(map(len, seeds))
-            differences[arm] = Difference(*_interval(value - other, drawn - drawn_base), fewest)
-            if other > 0 and (drawn_base > 0).all():
-                relative[arm] = Estimate(*_interval(value / other - 1, drawn / drawn_base - 1), fewest)
-    return averages, differences, relative
-
-
 def _over(tasks: Sequence[Sampled], arm: str, seeds: Sequence[Sequence[int]]) -> tuple[float, Floats]:
     means = [task.mean(arm, found) for task, found in zip(tasks, seeds)]
     return float(np.mean([value for value, _ in means])), np.mean([drawn for _, drawn in means], axis=0)
 
 
-def _tests(results: Results, keys: Sequence[tuple[Rows, str]]) -> dict[tuple[Rows, str, int], McNemar]:
-    found: dict[tuple[Rows, str, int], McNemar] = {}
-    for rows, arm in keys:
-        base = results.cells(rows, results.baseline)
-        for seed, record in results.cells(rows, arm).items():
-            if arm != results.baseline and seed in base:
-                other = base[seed]['predictions']
-                found[rows, arm, seed] = mcnemar(record['labels'], other, record['predictions'])
-    return found
+def _tests(results: Results, rows: Rows, arm: str) -> dict[tuple[Rows, str, int], McNemar]:
+    base = {} if arm == results.baseline else results.cells(rows, results.baseline)
+    return {
+        (rows, arm, seed): mcnemar(record['labels'], base[seed]['predictions'], record['predictions'])
+        for seed, record in results.cells(rows, arm).items()
+        if seed in base
+    }
 
 
 def mcnemar(labels: Sequence[int], baseline: Sequence[int], arm: Sequence[int]) -> McNemar:

@@ -1,46 +1,55 @@
-"""From raw data to shards of triplets: what ``scripts/prepare_data.py`` does."""
+"""From raw data to shards of triplets: ``dhrd prepare``."""
 
 import argparse
 import json
-import os
 import signal
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dhrd_plugin.cli import run
-from dhrd_plugin.data.publish import check_free, os_errors, publish, staged
-from dhrd_plugin.data.remote import is_remote, join
-from dhrd_plugin.data.report import Look, collator, merge, report
+from dhrd_plugin import files
+from dhrd_plugin.cli import Parser, number, run
+from dhrd_plugin.data.controls import CONTROLS, apply_control
+from dhrd_plugin.data.lengths import describe, load_collator, merge, summarise, survey
 from dhrd_plugin.data.rows import MAX_ROW_BYTES, SPLITS, splits_in
 from dhrd_plugin.data.shards import HASHES, SHARD_SIZE, write_set
-from dhrd_plugin.data.tasks import BadRow, Task, load_task, task_names
-from dhrd_plugin.data.triplets import CONTROLS, apply_control, read_triplets
-from dhrd_plugin.errors import UserError
-
-__all__ = ['main', 'prepare']
+from dhrd_plugin.data.tasks import Task, load_task, task_names
+from dhrd_plugin.data.triplet import BadRow
+from dhrd_plugin.data.triplets import read_triplets
+from dhrd_plugin.errors import UserError, tell, user_errors
+from dhrd_plugin.streams.publish import check_free, publish, staged
+from dhrd_plugin.streams.remote import is_remote, join
 
 PLAIN = CONTROLS[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 2 for an error told in one line, 130 when stopped."""
-    args = parse_args(argv)
+    """``dhrd prepare``.
+
+    Args:
+        argv: the arguments. Default: those of the command line.
+
+    Returns:
+        The exit status: 0, 2 after a mistake told in one line, 130 when stopped.
+    """
+    return run(lambda: _prepare_or_stop(_parse_args(argv)))
+
+
+def _prepare_or_stop(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return run(lambda: prepare(args))
+        _prepare(args)
     except KeyboardInterrupt:
-        print(f'stopped; at {args.output} every set is whole or as it was', file=sys.stderr)
-        return 130
+        tell(f'stopped; at {args.output} every set is whole or as it was')
+        raise
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog='prepare_data.py',
+def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog='dhrd prepare',
         description='Write a data set as MDS shards of triplets, whole or not at all.',
         epilog='A folder without --split gives a set for each of its splits, in OUTPUT/train and so on.',
     )
@@ -48,54 +57,71 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument('--task', help=f'one of {", ".join(task_names())}')
     which.add_argument('--template', help='a YAML template of your own')
-    add('--input', required=True, help='JSON, JSONL, CSV or Parquet file, a folder of splits, '
-        'or hub:[PATH[:CONFIG]] for the Hugging Face hub')  # fmt: skip
+    sources = 'JSON, JSONL, CSV or Parquet file, a folder of splits, or hub:[PATH[:CONFIG]] for the Hugging Face hub'
+    add('--input', required=True, help=sources)
     add('--split', help='train, validation or test, of a folder or the hub')
     add('--output', required=True, help='folder, or an address such as s3://bucket/rte')
     add('--rationales', help='file of rationales to join on the id')
     add('--unlabelled', action='store_true', help='rows may lack a label, as in a test split they always may')
-    add('--control', choices=CONTROLS, default=PLAIN, help="of the paper's Table 2; default: %(default)s")
+    add('--control', choices=CONTROLS, default=PLAIN, help="of the paper's Table 2, or ours; default: %(default)s")
     add('--seed', type=int, default=17, help="of the control's shuffling; default: %(default)s")
     add('--compression', help='such as zstd or zstd:11; default: none')
     add('--hashes', type=lambda text: text.split(','), default=list(HASHES), help='default: sha1,xxh64')
-    add('--shard-size', type=_positive, default=SHARD_SIZE, help='in characters; default: %(default)s')
-    add('--workers', type=_positive, default=1, help='processes that write; default: %(default)s')
+    add('--shard-size', type=number(int, 1), default=SHARD_SIZE, help='in characters; default: %(default)s')
+    add('--workers', type=number(int, 1), default=1, help='processes that write; default: %(default)s')
     add('--tokenizer', help='count lengths in its tokens; default: in words')
-    add('--max-seq-len', type=_positive, help='count what a sequence of so many tokens will cut')
-    add('--max-row-bytes', type=_positive, default=MAX_ROW_BYTES, help='default: %(default)s')
-    add('--skip-bad', metavar='FILE', type=Path, help='set bad rows aside in FILE (JSONL) with the reasons')
+    add('--max-seq-len', type=number(int, 1), help='count what a sequence of so many tokens will cut')
+    add('--max-row-bytes', type=number(int, 1), default=MAX_ROW_BYTES, help='default: %(default)s')
+    add('--skip-bad', metavar='FILE', type=Path, help='set bad rows aside in FILE (new JSONL) with the reasons')
     add('--overwrite', action='store_true', help='replace the sets that are there')
     return parser.parse_args(argv)
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Writes the sets that the arguments ask for; nothing appears before all of them are written.
-
-    Raises:
-        UserError: a row or an argument does not fit.
-    """
+def _prepare(args: argparse.Namespace) -> None:
+    """Write the sets that the arguments ask for; nothing appears before all of them are written."""
     if args.max_seq_len and not args.tokenizer:
         raise UserError('--max-seq-len: counts tokens; say which with --tokenizer')
     task = load_task(args.task or Path(args.template))
     targets = list(_targets(args))
-    for _, out in targets:
-        check_free(out, args.overwrite)
+    check_targets(args, [out for _, out in targets])
     if args.tokenizer:
-        collator(args.tokenizer)  # a name that is wrong is better known now than after the reading
-    import streaming  # noqa: F401  (takes seconds, which would count as the data's)
+        load_collator(args.tokenizer)  # a wrong name fails now, not after the reading
+    import streaming  # noqa: F401  (seconds that would count as the data's)
 
-    with ExitStack() as stack, SetAside(args.skip_bad) as aside:
+    with ExitStack() as stack, _SetAside(args.skip_bad) as aside:
         written = []
         for split, out in targets:
             folder = stack.enter_context(staged(out))
-            written.append((folder, out, write_split(args, task, split, folder, aside)))
+            written.append((folder, out, _write_split(args, task, split, folder, aside)))
+        aside.flush()  # a full disk must not be found when the sets are there
         left = {out: publish(folder, out) for folder, out, _ in written}
     for _, out, summary in written:
-        print('\n'.join(describe(out, summary)))
+        print(*describe(out, summary), sep='\n')
         if left[out]:
             print(f'  of the replaced set, which runs may still read: {len(left[out]):,} files, {", ".join(left[out])}')
     if aside.count:
         print(f'set aside: {aside.count:,} bad rows, in {args.skip_bad}')
+
+
+def check_targets(args: argparse.Namespace, outs: Sequence[str | Path]) -> None:
+    """Refuse a place that may not or cannot be written, before a row is read."""
+    read = {f'--{name}': _here(getattr(args, name)) for name in ('input', 'template', 'rationales', 'tokenizer')}
+    for out in outs:
+        check_free(out, args.overwrite, '--output', read)
+    if args.skip_bad is None:
+        return
+    sets = [Path(out).resolve() for out in outs if not is_remote(out)]
+    if any(out in (args.skip_bad.resolve(), *args.skip_bad.resolve().parents) for out in sets):
+        raise UserError(f'--skip-bad: {args.skip_bad}: is in --output, which holds a set and nothing else')
+    files.check_file(
+        args.skip_bad, '--skip-bad', 'bad rows set aside', lambda path: files.begins_with(path, b'{"where": '), read
+    )
+
+
+def _here(place: str | None) -> Path | None:
+    """The path of an input on this machine."""
+    path = Path(place).expanduser() if place and not is_remote(place) else None
+    return path if path is not None and path.exists() else None
 
 
 def _targets(args: argparse.Namespace) -> Iterator[tuple[str | None, str | Path]]:
@@ -113,118 +139,63 @@ def _targets(args: argparse.Namespace) -> Iterator[tuple[str | None, str | Path]
         yield split, join(out, split)
 
 
-def write_split(
-    args: argparse.Namespace, task: Task, split: str | None, folder: Path, aside: 'SetAside'
+def _write_split(
+    args: argparse.Namespace, task: Task, split: str | None, folder: Path, aside: '_SetAside'
 ) -> dict[str, Any]:
-    """Writes one set into ``folder``; returns its summary."""
-    joined: dict[str, int] = {}
+    """Write one set; returns its summary."""
+    from tqdm import tqdm
+
+    joins: dict[str, int] = {}
     start, skipped = time.monotonic(), aside.count
     labelled = not (args.unlabelled or split in SPLITS['test'])
     triplets = read_triplets(
-        args.input,
-        task,
-        args.rationales,
-        split,
-        labelled=labelled,
-        on_bad=aside,
-        max_row_bytes=args.max_row_bytes,
-        report=joined,
+        args.input, task, args.rationales, split, labelled, on_bad=aside, max_row_bytes=args.max_row_bytes, report=joins
     )
+    triplets = apply_control(triplets, args.control, args.seed)
+    rows = tqdm(triplets, desc=split or args.input, unit=' rows', disable=None)  # no bar where stderr is no terminal
+    find = partial(survey, tokenizer=args.tokenizer)
 
-    def more(looks: list[Any]) -> dict[str, Any]:
+    def more(findings: list[Any]) -> dict[str, Any]:
         return {
             'source': args.input,
             'split': split,
-            'control': args.control,
-            'seed': args.seed,
-            'rationales': args.rationales,
-            'joined': joined,
+            **{key: getattr(args, key) for key in ('control', 'seed', 'rationales')},
+            'joined': joins,
             'set_aside': aside.count - skipped,
             'seconds': round(time.monotonic() - start, 3),
-            **report(merge(looks), args.tokenizer, args.max_seq_len),
+            **summarise(merge(findings), args.tokenizer, args.max_seq_len),
         }
 
-    return write_set(
-        _progress(apply_control(triplets, args.control, args.seed), f'{split or args.input}'),
-        folder,
-        task,
-        compression=args.compression,
-        hashes=args.hashes,
-        size_limit=args.shard_size,
-        workers=args.workers,
-        labelled=labelled,
-        look=Look(args.tokenizer),
-        more=more,
-    )
+    options = (args.compression, args.hashes, args.shard_size, args.workers, labelled, find, more)
+    return write_set(rows, folder, task, *options, source=f'{args.input} {split or ""}'.rstrip())
 
 
-class SetAside:
-    """Receives bad rows: raises the first, or writes all to a file that appears at the end.
-
-    Args:
-        path (Path, optional): the JSONL file: ``where``, ``field``, ``reason``, ``row``. Default: None, raise.
-    """
+class _SetAside:
+    """Receives bad rows: raises the first, or writes all to a JSONL file, which appears at the end."""
 
     def __init__(self, path: Path | None):
-        self.path, self.count = path, 0
+        self.path, self.count, self.stack = path, 0, ExitStack()
 
-    def __enter__(self) -> 'SetAside':
+    def __enter__(self) -> '_SetAside':
         if self.path:
-            with os_errors(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = self.path.with_name(f'{self.path.name}.{os.getpid()}.tmp').open('w', encoding='utf-8')
+            with user_errors(self.path, OSError):
+                self.file = self.stack.enter_context(files.replacing(self.path))
         return self
 
     def __call__(self, bad: BadRow) -> None:
+        """Take in one bad row."""
         if not self.path:
             raise UserError(f'{bad} (--skip-bad FILE sets such rows aside)') from None
         self.count += 1
         row = {'where': bad.where, 'field': bad.field, 'reason': bad.reason, 'row': bad.row}
-        self.file.write(json.dumps(row, default=str) + '\n')
+        self.file.write(f'{json.dumps(row, default=str)}\n'.encode())
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def flush(self) -> None:
+        """Write what is still held back."""
         if self.path:
-            self.file.close()
-            if kind is None:
-                os.replace(self.file.name, self.path)
-            else:
-                os.unlink(self.file.name)
+            with user_errors(self.path, OSError):
+                self.file.flush()
 
-
-def _progress(rows: Iterable[Any], what: str) -> Iterable[Any]:
-    """A bar on stderr with rows a second; none where stderr is no terminal."""
-    from tqdm import tqdm
-
-    return tqdm(rows, desc=what, unit=' rows', disable=None)
-
-
-def describe(out: str | Path, summary: dict[str, Any]) -> Iterator[str]:
-    """The summary in lines for people."""
-    rate = summary['rows'] / max(summary['seconds'], 1e-3)
-    shards = f'{summary["shard_count"]:,} shard{"s" if summary["shard_count"] > 1 else ""}'
-    yield f'{out}: {summary["rows"]:,} rows in {shards}, {summary["bytes"]:,} bytes, {rate:,.0f} rows/s'
-    yield '  labels: ' + ', '.join(f'{name or "(none)"} {count:,}' for name, count in summary['labels'].items())
-    without = summary['without_rationale']
-    yield f'  rationales: {summary["rows"] - without:,} rows with, {without:,} without'
-    if joined := summary['joined']:
-        yield (f'  joined: {joined["joined"]:,} of {joined["rationales"]:,} rationales, '
-               f'{joined["unmatched"]:,} match no row, {joined["replaced"]:,} replace one of the row')  # fmt: skip
-    lengths = summary['lengths']
-    for part in ('input', 'sequence'):
-        marks = ', '.join(f'{length:,} at {mark}' for mark, length in lengths[part].items())
-        yield f'  {lengths["unit"]} of the {part}: {marks}'
-    if 'max_seq_len' in summary:
-        yield (f'  at {summary["max_seq_len"]:,} tokens: {summary["cut"]:,} rationales cut, '
-               f'{summary["inputs_too_long"]:,} inputs too long, which training refuses')  # fmt: skip
-    if summary['set_aside']:
-        yield f'  set aside: {summary["set_aside"]:,} bad rows'
-    if leaks := summary['states_label']['rows']:
-        ids = ', '.join(summary['states_label']['ids'][:10])
-        yield f'  warning: the rationale states the label in {leaks:,} rows: {ids}{", ..." if leaks > 10 else ""}'
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not a whole number from 1')
-    return value
+    def __exit__(self, *error: Any) -> None:
+        with user_errors(self.path, OSError):
+            self.stack.__exit__(*error)

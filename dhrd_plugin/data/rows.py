@@ -1,62 +1,87 @@
 """Rows: reading JSON, JSONL, CSV and Parquet files, folders of splits, and the Hugging Face hub.
 
-Files stream: JSONL, CSV and Parquet of any size pass through in constant memory. A row that cannot be
-read is a ``BadRow``, which names file, line and field and is handed to ``on_bad``.
+JSONL, CSV and Parquet files of any size stream in constant memory. A row that cannot be read is a
+:class:`~dhrd_plugin.data.triplet.BadRow`, which names file, line or row, and field, and is handed to ``on_bad``.
 """
 
 import csv
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from dhrd_plugin.data.tasks import BadRow, Task, is_unicode
-from dhrd_plugin.errors import UserError
-
-__all__ = ['MAX_ROW_BYTES', 'SPLITS', 'OnBad', 'Row', 'raise_bad', 'read_hub', 'read_rows', 'source_file', 'splits_in']
+from dhrd_plugin.data.csv_lines import CsvLines
+from dhrd_plugin.data.tasks import Task
+from dhrd_plugin.data.triplet import BadRow, is_unicode, spell
+from dhrd_plugin.errors import UserError, one_line, user_errors
 
 MAX_ROW_BYTES = 1 << 20  # 1 MiB
 SPLITS = {'train': ('train',), 'validation': ('validation', 'val', 'dev'), 'test': ('test',)}
 SUFFIXES = ('.jsonl', '.json', '.csv', '.parquet')
 BOM = b'\xef\xbb\xbf'
+MAX_DEPTH = 200  # of values within values in a row; what walks over deeper ones would meet Python's own limit
+# How files begin that people take for text, and what to do about them.
+NO_TEXT = {
+    b'\x1f\x8b': 'is a gzip file; unpack it',
+    b'PK\x03\x04': 'is a zip file (or .xlsx); unpack it, or save it as CSV',
+    b'\x28\xb5\x2f\xfd': 'is a zstd file; unpack it',
+    b'BZh': 'is a bzip2 file; unpack it',
+    b'\xfd7zXZ': 'is an xz file; unpack it',
+    b'PAR1': 'is a Parquet file; let its name end in .parquet',
+    b'\xff\xfe': 'is UTF-16 text; save it as UTF-8',
+    b'\xfe\xff': 'is UTF-16 text; save it as UTF-8',
+}
 
 OnBad = Callable[[BadRow], None]
 
 
 def raise_bad(bad: BadRow) -> None:
-    """The default for ``on_bad``: the first bad row ends the reading."""
+    """Raise a bad row, the default for ``on_bad``: the first one ends the reading."""
     raise bad
 
 
-class Row(NamedTuple):
-    """A row of a file: its place for messages ('file, line 3'), its number from 1, its fields."""
+@contextmanager
+def catching_bad(on_bad: OnBad, where: str, row: object = None) -> Iterator[None]:
+    """Hand a bad row to ``on_bad``, with its place and what it holds; bytes become text."""
+    try:
+        yield
+    except BadRow as error:
+        on_bad(error.at(where, row.decode('utf-8', 'backslashreplace') if isinstance(row, bytes) else row))
 
-    where: str
-    number: int
+
+class Row(NamedTuple):
+    """A row of a file."""
+
+    where: str  # for messages, such as "FILE, line 3"
+    number: int  # counted from 1
     fields: dict[str, Any]
 
 
-def source_file(source: str | Path, split: str | None = None) -> Path:
-    """The one file that ``source`` and ``split`` name.
+def kind_of(path: str | Path) -> str:
+    """The suffix that says how a file is read, in lower case."""
+    return Path(path).suffix.lower()
 
-    Raises:
-        UserError: nothing is there, the split is missing or ambiguous, or a file was given a split.
-    """
+
+def source_file(source: str | Path, split: str | None = None) -> Path:
+    """The file that ``source`` is, or that holds the split (by any of its names) in the folder that it is."""
     path = Path(source).expanduser()
     if path.is_file():
         if split is not None:
             raise UserError(f'{path}: is one file; leave out the split {split!r}, or give its folder')
         return path
     if not path.is_dir():
-        raise UserError(f'{path}: no such file or folder')
+        raise UserError(f'{path}: {"is neither a file nor a folder" if path.exists() else "no such file or folder"}')
     found = splits_in(path)
     here = ', '.join(found) or 'none'
     if split is None:
         raise UserError(f'{path}: is a folder; name a split (here: {here})')
     name = next((name for name, stems in SPLITS.items() if split in stems), None)
     if name is None:
-        raise UserError(f'{path}: unknown split {split!r}; splits are {", ".join(SPLITS)}')
+        raise UserError(f'{path}: unknown split {split!r}; expected one of {", ".join(SPLITS)}')
     if name not in found:
         raise UserError(f'{path}: has no split {name!r} (here: {here})')
     if len(found[name]) > 1:
@@ -66,31 +91,38 @@ def source_file(source: str | Path, split: str | None = None) -> Path:
 
 def splits_in(folder: str | Path) -> dict[str, list[Path]]:
     """The splits of a folder and their files, such as ``{'train': [folder/train.jsonl]}``."""
-    files = sorted(path for path in Path(folder).expanduser().iterdir() if path.suffix in SUFFIXES)
+    files = sorted(path for path in Path(folder).expanduser().iterdir() if kind_of(path) in SUFFIXES)
     found = {name: [path for path in files if path.stem in stems] for name, stems in SPLITS.items()}
     return {name: paths for name, paths in found.items() if paths}
 
 
 def read_rows(path: Path, on_bad: OnBad = raise_bad, max_bytes: int = MAX_ROW_BYTES) -> Iterator[Row]:
-    """The rows of a file.
+    """Read the rows of a JSONL, JSON (lines or one array, which is held in memory), CSV or Parquet file."""
+    kind, max_bytes = kind_of(path), min(max_bytes, 1 << 40)
+    if kind not in SUFFIXES:
+        raise UserError(f'{path}: unknown kind of file {path.suffix!r}; expected one of {", ".join(SUFFIXES)}')
+    with user_errors(path, OSError):
+        if kind != '.parquet':
+            check_is_text(path)
+        if kind in ('.json', '.jsonl') and not _is_array(path):
+            yield from _read_lines(path, on_bad, max_bytes)
+            return
+        read = {'.csv': partial(_read_csv, max_bytes=max_bytes), '.parquet': _read_parquet}.get(kind, _read_array)
+        for row in read(path, on_bad):
+            text = str(row.fields)  # near enough to its bytes
+            if len(text) > max_bytes:
+                on_bad(_too_long(max_bytes).at(row.where, text[:max_bytes]))
+            else:
+                yield row
 
-    Args:
-        path (Path): a JSONL, JSON (lines or one array, which is held in memory), CSV or Parquet file.
-        on_bad (Callable[[BadRow], None]): receives each row that cannot be read. Default: raise it.
-        max_bytes (int): a longer row is a bad row. Default: 1 MiB.
-    """
-    if path.suffix not in SUFFIXES:
-        raise UserError(f'{path}: unknown kind of file {path.suffix!r}; known are {", ".join(SUFFIXES)}')
-    if path.suffix in ('.json', '.jsonl') and not _is_array(path):
-        yield from _read_lines(path, on_bad, max_bytes)
-        return
-    read = {'.csv': _read_csv, '.parquet': _read_parquet}.get(path.suffix, _read_array)
-    for row in read(path, on_bad):
-        text = str(row.fields)  # near enough to its bytes
-        if len(text) > max_bytes:
-            on_bad(_too_long(max_bytes).at(row.where, text[:max_bytes]))
-        else:
-            yield row
+
+def check_is_text(path: Path) -> None:
+    """Refuse a file that is packed, or text in another encoding than UTF-8, by how it begins."""
+    with path.open('rb') as file:
+        start = file.read(8)
+    for magic, what in NO_TEXT.items():
+        if start.startswith(magic):
+            raise UserError(f'{path}: {what}')
 
 
 def _is_array(path: Path) -> bool:
@@ -102,19 +134,53 @@ def _too_long(max_bytes: int) -> BadRow:
     return BadRow('', f'the row is longer than {max_bytes:,} bytes')
 
 
+# ------------------------------------------------------------------------------------------ JSON
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of two alike Python would take the last, in silence."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise BadRow(_twice(key for key, _ in pairs) or '', 'stands twice in one object')
+    return fields
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that stood there before."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+_LENIENT = json.JSONDecoder(parse_int=str)  # finds the end of an object that the other one refuses
+_NOT_BLANK = re.compile(r'[^ \t\n\r]|\Z')
+
+
+def parse_object(text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON value that begins at ``start`` and where it ends.
+
+    Raises:
+        JSONDecodeError: it breaks JSON's grammar.
+        BadRow: it does not, and cannot be a row nevertheless.
+    """
+    try:
+        return _DECODER.raw_decode(text, start)
+    except (BadRow, json.JSONDecodeError):
+        raise
+    except RecursionError:
+        raise BadRow('', 'not valid JSON: nested too deeply') from None
+    except ValueError as error:  # an integer of more than 4,300 digits
+        raise BadRow('', f'not valid JSON: {one_line(error)}') from None
+
+
 def _read_lines(path: Path, on_bad: OnBad, max_bytes: int) -> Iterator[Row]:
     with path.open('rb') as file:
         for number, line in enumerate(_lines(file, max_bytes), 1):
             where = f'{path}, line {number}'
             line = line.removeprefix(BOM) if number == 1 else line
-            if not line.strip():
-                continue
-            try:
-                row = Row(where, number, _parse_line(line, max_bytes))
-            except BadRow as error:
-                on_bad(error.at(where, line[:max_bytes].decode('utf-8', 'backslashreplace')))
-            else:
-                yield row
+            if line.strip():
+                with catching_bad(on_bad, where, line[:max_bytes]):
+                    yield Row(where, number, _parse_line(line, max_bytes))
 
 
 def _lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes]:
@@ -132,108 +198,147 @@ def _parse_line(line: bytes, max_bytes: int) -> dict[str, Any]:
         raise _too_long(max_bytes)
     # Escaped bytes pass through the parser, so that the error can name the field they stand in.
     text = line.decode('utf-8', 'surrogateescape')
+    start, end = 0 if text.startswith('{') else _skip_blank(text, 0), len(text.rstrip())
     try:
-        row = json.loads(text)
+        row, at = parse_object(text, start)
+        if at < end:
+            raise json.JSONDecodeError('Extra data', text, _skip_blank(text, at))
     except json.JSONDecodeError as error:
-        end = '' if line.endswith(b'\n') else '; the file breaks off in this row'
-        reason = f'not valid JSON: {error.msg}, column {error.colno}{end}'
-        raise BadRow(_last_key(text[: error.pos]), reason) from None
-    except RecursionError:
-        raise BadRow('', 'not valid JSON: nested too deeply') from None
+        more = '' if line.endswith(b'\n') else '; the file breaks off in this row'
+        if line.endswith(b'\n') and text.startswith('{', start) and error.pos >= end:
+            more = '; the object goes on in the next line; expected a whole row a line, or one array of rows'
+        reason = f'not valid JSON: {error.msg}, column {error.colno}{more}'
+        keys = re.findall(r'"([^"\\]*)"\s*:', text[: error.pos])
+        raise BadRow(keys[-1] if keys else '', reason) from None
     return _checked(row, text)
 
 
-def _last_key(text: str) -> str:
-    keys = re.findall(r'"([^"\\]*)"\s*:', text)
-    return keys[-1] if keys else ''
-
-
-def _checked(row: Any, text: str = '') -> dict[str, Any]:
-    """``row`` if it is a dict whose text was valid UTF-8."""
+def _checked(row: Any, text: str) -> dict[str, Any]:
+    """``row`` if it is a dict, not too deep, whose text was valid UTF-8."""
     if not isinstance(row, dict):
-        raise BadRow('', f'{type(row).__name__} where an object of fields belongs')
+        raise BadRow('', f'found {spell(row)}; expected an object of fields')
+    if _is_deep(row):
+        raise BadRow('', 'not valid JSON: nested too deeply')
     if not is_unicode(text):
         spelled = {key: json.dumps([key, value], ensure_ascii=False) for key, value in row.items()}
         raise BadRow(next((key for key in row if not is_unicode(spelled[key])), ''), 'is not valid UTF-8')
     return row
 
 
+def _is_deep(row: dict[str, Any]) -> bool:
+    level = [item for item in row.values() if isinstance(item, (dict, list))]
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return False
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
+    return True
+
+
 def _read_array(path: Path, on_bad: OnBad) -> Iterator[Row]:
-    """The rows of one JSON array, parsed one at a time so that each has its line."""
+    """The rows of one array, parsed an item at a time: an error has its row, and the next can be read."""
     text = path.read_bytes().removeprefix(BOM).decode('utf-8', 'surrogateescape')
-    decode, position, line, number = json.JSONDecoder().raw_decode, text.index('[') + 1, 1, 0
-    while True:
-        start = _skip(text, position)
-        line, number = line + text.count('\n', position, start), number + 1
-        where = f'{path}, line {line}'
-        if text[start : start + 1] == ']' and number == 1:
-            return
-        try:
-            row, position = decode(text, start)
-        except (json.JSONDecodeError, RecursionError) as error:
-            # What follows a broken item cannot be told from it: there is no next row to go on with.
-            raise BadRow('', f'not valid JSON: {error}', where) from None
-        try:
-            fields = _checked(row, text[start:position])
-        except BadRow as error:
-            on_bad(error.at(where, row))
-        else:
-            yield Row(where, number, fields)
-        line += text.count('\n', start, position)
-        end = _skip(text, position)
-        if text[end : end + 1] not in (',', ']'):
-            raise BadRow('', 'not valid JSON: the array breaks off after this row', where)
-        if text[end] == ']':
-            return
-        line, position = line + text.count('\n', position, end), end + 1
-
-
-def _skip(text: str, position: int) -> int:
-    """The next position that is no white space."""
-    return re.compile(r'\s*').match(text, position).end()  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def _read_csv(path: Path, on_bad: OnBad) -> Iterator[Row]:
-    """The rows under a CSV file's header; an empty cell is a missing field."""
-    with path.open(encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
-        reader = csv.reader(file, strict=True)
-        header, number = next(reader, []), 0
-        while True:
-            number, where = number + 1, f'{path}, line {reader.line_num + 1}'
+    try:
+        at = _skip_blank(text, text.index('[') + 1)
+        for number in itertools.count(1):
+            if text[at : at + 1] == ']' and number == 1:
+                break
+            where, start = f'{path}, row {number}', at
             try:
-                cells = next(reader, None)
-                if cells is None:
-                    return
-                if cells and len(cells) != len(header):
-                    raise BadRow('', f'{len(cells)} cells where the header has {len(header)}')
-                fields = _checked(dict(zip(header, cells, strict=False)), ''.join(cells))
-            except csv.Error as error:
-                on_bad(BadRow('', f'not valid CSV: {error}', where))
+                row, at = parse_object(text, start)
+                bad = None
             except BadRow as error:
-                on_bad(error.at(where))
-            else:
-                if cells:
-                    yield Row(where, number, {key: cell for key, cell in fields.items() if cell})
+                row, bad = None, error
+                at = _end_of(text, start, path)
+            with catching_bad(on_bad, where, row if bad is None else text[start:at][:MAX_ROW_BYTES]):
+                if bad is not None:
+                    raise bad
+                yield Row(where, number, _checked(row, text[start:at]))
+            at = _skip_blank(text, at)
+            if text[at : at + 1] == ']':
+                break
+            if text[at : at + 1] != ',':
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+            at = _skip_blank(text, at + 1)
+        if (rest := _skip_blank(text, at + 1)) < len(text):
+            raise json.JSONDecodeError('Extra data', text, rest)
+    except json.JSONDecodeError as error:
+        end = '; the file breaks off there' if error.pos >= len(text.rstrip()) else ''
+        raise BadRow('', f'not valid JSON: {error}{end}', str(path)) from None
+
+
+def _end_of(text: str, start: int, path: Path) -> int:
+    try:
+        return _LENIENT.raw_decode(text, start)[1]
+    except RecursionError:
+        raise BadRow('', 'not valid JSON: nested too deeply', str(path)) from None
+
+
+def _skip_blank(text: str, at: int) -> int:
+    return _NOT_BLANK.search(text, at).start()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+# ------------------------------------------------------------------------------------------- CSV
+
+
+def _read_csv(path: Path, on_bad: OnBad, max_bytes: int) -> Iterator[Row]:
+    """The rows under a CSV file's header; an empty cell is a missing field.
+
+    Where a quote is out of place nobody can tell the inside of a cell from a new row, so that such a row
+    ends the reading, even where bad rows are set aside.
+    """
+    header: list[str] = []
+    number = 0
+    with path.open(encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
+        lines = CsvLines(file, max_bytes)
+        try:
+            for cells in lines:
+                where = f'{path}, line {lines.first}'
+                if not header:
+                    header = _check_header(cells, where)
+                    continue
+                number += 1
+                with catching_bad(on_bad, where, cells):
+                    if cells is None:
+                        raise _too_long(max_bytes)
+                    if cells and len(cells) != len(header):
+                        raise BadRow('', f'{len(cells)} cells where the header has {len(header)}')
+                    fields = _checked(dict(zip(header, cells, strict=False)), ''.join(cells))
+                    if cells:
+                        yield Row(where, number, {key: cell for key, cell in fields.items() if cell})
+        except csv.Error as error:
+            reason = f'not valid CSV: {error}; no row after it can be told from the inside of a cell'
+            raise BadRow('', reason, f'{path}, line {lines.first}') from None
+
+
+def _check_header(cells: list[str] | None, where: str) -> list[str]:
+    """The names of a CSV file's columns; only nameless ones may be alike, which spreadsheets add at the end."""
+    if cells is None or not is_unicode(''.join(cells)):
+        raise BadRow('', 'the header is no line of names in UTF-8', where)
+    if name := _twice(filter(None, cells)):
+        raise BadRow(name, 'stands twice in the header', where)
+    return cells
+
+
+# --------------------------------------------------------------------------------------- Parquet
 
 
 def _read_parquet(path: Path, on_bad: OnBad) -> Iterator[Row]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    number = 0
-    try:
-        for batch in ParquetFile(path).iter_batches(batch_size=1024):
-            for index in range(batch.num_rows):
-                number += 1
-                where = f'{path}, row {number}'
-                try:
-                    (fields,) = batch.slice(index, 1).to_pylist()
-                except UnicodeDecodeError:
-                    on_bad(BadRow(_broken_column(batch.slice(index, 1)), 'is not valid UTF-8', where))
-                else:
-                    yield Row(where, number, fields)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f'{path}: not a whole Parquet file: {str(error).splitlines()[0]}') from None
+    with user_errors(f'{path}: not a whole Parquet file', pa.ArrowException, OSError):
+        file = ParquetFile(path)
+        if name := _twice(file.schema_arrow.names):
+            raise BadRow(name, 'stands twice among the columns', str(path))
+        batches = file.iter_batches(batch_size=1024)
+        rows = (batch.slice(index, 1) for batch in batches for index in range(batch.num_rows))
+        for number, row in enumerate(rows, 1):
+            where = f'{path}, row {number}'
+            try:
+                yield Row(where, number, *row.to_pylist())
+            except UnicodeDecodeError:
+                on_bad(BadRow(_broken_column(row), 'is not valid UTF-8', where))
 
 
 def _broken_column(row: Any) -> str:
@@ -246,16 +351,10 @@ def _broken_column(row: Any) -> str:
 
 
 def read_hub(source: str, task: Task, split: str | None) -> Iterator[Row]:
-    """The rows of a data set of the Hugging Face hub, by ``datasets``.
+    """Read the rows of a data set of the Hugging Face hub; what ``hub:PATH:CONFIG`` leaves out is the template's.
 
-    Args:
-        source (str): ``hub:``, ``hub:PATH`` or ``hub:PATH:CONFIG``; what is left out is the template's.
-        task (Task): the template. Where the hub stores class labels as numbers, a row gets the value
-            that the template gives the class of that name, and none for -1, the hub's "unlabelled".
-        split (str): train, validation or test.
-
-    Raises:
-        UserError: there is no such data set, or it cannot be reached.
+    Where the hub stores class labels as numbers, a row gets the value that the template gives the class of that
+    name, and none for -1, the hub's "unlabelled".
     """
     from datasets import ClassLabel, load_dataset
 
@@ -266,11 +365,8 @@ def read_hub(source: str, task: Task, split: str | None) -> Iterator[Row]:
     if split is None:
         raise UserError(f'{source}: is a hub data set; name a split ({", ".join(SPLITS)})')
     split = next((name for name, stems in SPLITS.items() if split in stems), split)
-    try:
+    with user_errors(f'{source}: cannot load {path!r}, config {config!r}, split {split!r}'):
         data: Any = load_dataset(path, config, split=split)
-    except Exception as error:  # of many kinds, by storage, network and format
-        what = f'{path!r}, config {config!r}, split {split!r}'
-        raise UserError(f'{source}: cannot load {what}: {" ".join(str(error).split())[:300]}') from None
     label = task.for_hub().label
     feature = data.features.get(label)
     values = {item.name: item.value for item in task.labels}

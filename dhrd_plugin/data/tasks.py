@@ -1,99 +1,76 @@
-r"""Tasks: how a row of a data set becomes the input text, the label and the answer text.
+"""Tasks: how a row of a data set becomes the input text, the label and the answer text.
 
-A task is data, not code: a small YAML template. The seven SuperGLUE tasks of the paper stand in
-``templates/``; a task of your own is the same kind of file::
-
-    name: creak
-    prompt: 'Claim: {sentence}\nIs the claim true or false?'
-    id: ex_id
-    label: label
-    labels:
-      - {value: 'false', answer: 'False'}
-      - {value: 'true', answer: 'True'}
-    rationale: explanation
-
-A field is written as in Python's format strings, nested ones with brackets: ``target[span1_text]``.
+A task is data, not code: a small YAML template. The seven SuperGLUE tasks of the paper are in
+``templates/``; README.md tells how to write one of your own.
 """
 
-import contextlib
-import json
-import math
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_origin, get_type_hints
 
-from dhrd_plugin.errors import UserError, nearest
+import yaml
 
-if TYPE_CHECKING:
-    from dhrd_plugin.data.triplets import Triplet
-
-__all__ = ['BadRow', 'Label', 'Task', 'load_task', 'task_names']
+from dhrd_plugin.data.triplet import (
+    BadRow,
+    Triplet,
+    check_id,
+    check_probabilities,
+    check_rationale,
+    check_target,
+    check_text,
+    check_weight,
+    spell,
+)
+from dhrd_plugin.errors import UserError, nearest, user_errors
 
 TEMPLATES = Path(__file__).parent / 'templates'
-KNOWN = 'known are'
 METRICS = ('accuracy', 'macro_f1', 'f1a', 'em')
-
-
-class BadRow(UserError):
-    """One row that cannot become a triplet: what is wrong with which field, and where it stands.
-
-    Args:
-        field (str): the field, as the template spells it; '' where the row as a whole is at fault.
-        reason (str): what was found and what would be right.
-        where (str): file and line, which the reader of the file adds. Default: ''.
-        row (object): the row itself, or as much of its text as could be read. Default: None.
-    """
-
-    def __init__(self, field: str, reason: str, where: str = '', row: object = None):
-        self.field, self.reason, self.where, self.row = field, reason, where, row
-        super().__init__(', '.join(filter(None, [where, field and f'field {field}'])) + f': {reason}')
-
-    def at(self, where: str, row: object = None) -> 'BadRow':
-        """The same fault with its place."""
-        return BadRow(self.field, self.reason, where, row)
 
 
 @dataclass(frozen=True)
 class Label:
-    """One class.
+    """One class."""
 
-    Args:
-        value (str | int | bool): what stands in the rows; ``true``, ``"true"`` and ``1`` are three values.
-        name (str): the class's name, as in ``label_names`` and ``id2label``.
-        answer (str): the words that stand for it after ``<ANS>``.
-    """
+    value: str | int | bool  # what the rows hold; true, "true" and 1 are three values
+    name: str  # as in label_names and id2label
+    answer: str  # the words that stand for it after <ANS>
 
-    value: str | int | bool
-    name: str
-    answer: str
+    def matches(self, value: object, typed: bool) -> bool:
+        """Whether a row's value means this class; see :meth:`Task.triplets`."""
+        if typed:  # Python says 1 == True; JSON does not
+            return type(value) is type(self.value) and value == self.value
+        known = str(self.value)
+        return str(value) in ((known, known.lower()) if isinstance(self.value, bool) else (known,))
 
 
 @dataclass(frozen=True)
 class Task:
-    """A template, checked. Build it with ``load_task``.
+    """A template, checked. Build it with :func:`load_task`.
 
-    Args:
-        name (str): the task's name.
-        prompt (str): the input text, a format string over the row's fields. ``{year:d}`` is a number,
+    Attributes:
+        name: the task's name.
+        prompt: the input text, a format string over the row's fields. ``{year:d}`` is a number,
             every other field must hold text.
-        labels (tuple[Label, ...]): the classes, in the order of the classifier's outputs.
-        label (str): the field that holds the label. Default: ``label``.
-        id (str): the field of the row's id, or a format string over several; where it is empty, the
-            row's number in its file is its id. Default: ''.
-        group (str): field or format string; rows of one group count as one for exact match. Default: ''.
-        rationale (str): the field of the rationale, which rows may lack. Default: ``rationale``.
-        weight (str): the field of the row's weight, which rows may lack. Default: ``weight``.
-        words (dict): for a prompt field the words to print for each of its values. Default: none.
-        may_be_empty (tuple[str, ...]): prompt fields that may hold an empty text. Default: none.
-        explode (tuple[str, ...]): ``'name in field'`` clauses, read like Python's ``for``: a row
-            becomes one triplet for each item, which the other keys call by its name. Default: none.
-        metrics (tuple[str, ...]): of accuracy, macro_f1, f1a (F1 of the second of two labels) and em (exact
+        labels: the classes, in the order of the classifier's outputs.
+        label: the field of the label. Default: ``label``.
+        id: the field of the row's id, or a format string over several; where it is empty, the
+            row's number in its file is its id, and behind it the item's where rows explode. Default: ''.
+        group: field or format string; rows of one group count as one for exact match. Default: ''.
+        rationale: the field of the rationale, which rows may lack. Default: ``rationale``.
+        weight: the field of the row's weight, which rows may lack. Default: ``weight``.
+        probabilities: the field of a teacher's probabilities, which rows may lack. Default: ``probabilities``.
+        words: for a prompt field, the words to print for each of its values. Default: none.
+        may_be_empty: prompt fields that may hold an empty text. Default: none.
+        explode: ``'name in field'`` clauses, read like Python's ``for``: a row becomes one triplet for
+            each item, which the other keys call by its name. Default: none.
+        metrics: of ``METRICS``: accuracy, macro_f1, f1a (F1 of the second of two labels) and em (exact
             match by group). Default: accuracy.
-        hub (dict): ``path`` and ``config`` of the task on the Hugging Face hub, and the keys above
+        hub: ``path`` and ``config`` of the task on the Hugging Face hub, and the keys above
             that differ there. Default: none.
     """
 
@@ -105,6 +82,7 @@ class Task:
     group: str = ''
     rationale: str = 'rationale'
     weight: str = 'weight'
+    probabilities: str = 'probabilities'
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     may_be_empty: tuple[str, ...] = ()
     explode: tuple[str, ...] = ()
@@ -113,7 +91,7 @@ class Task:
 
     @cached_property
     def label_names(self) -> tuple[str, ...]:
-        """The classes' names, in the order of the classifier's outputs."""
+        """The class names, in the order of the classifier's outputs."""
         return tuple(label.name for label in self.labels)
 
     @cached_property
@@ -122,19 +100,18 @@ class Task:
         return {label.name: label.answer for label in self.labels}
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict for JSON, from which ``load_task`` builds the same task."""
+        """A plain dict for JSON, from which :func:`load_task` builds the same task."""
         return asdict(self)
 
     def for_hub(self) -> 'Task':
-        """The task over the hub's rows, where those are laid out in another way than the files."""
+        """The task for the hub's rows, whose layout may differ from the files'."""
         return replace(self, hub={}, **{k: v for k, v in self.hub.items() if k not in ('path', 'config')})
 
     def render(self, row: Mapping[str, Any]) -> str:
-        """The input text of one row.
+        """The input text of one row; rows that explode into several texts are for :meth:`triplets`.
 
         Raises:
             BadRow: a field of the prompt is missing, empty or not text.
-            UserError: rows of this task explode into several texts; ``triplets`` gives them all.
         """
         if self.explode:
             raise UserError(f'task {self.name}: a row gives several texts; use task.triplets(row)')
@@ -142,31 +119,33 @@ class Task:
 
     def triplets(
         self, row: Mapping[str, Any], labelled: bool = True, typed: bool = True, number: int = 0
-    ) -> 'Iterator[Triplet]':
+    ) -> Iterator[Triplet]:
         """The triplets of one row: one, or one for each item of an exploding row.
 
         Args:
-            row (Mapping): the row as JSON gives it.
-            labelled (bool): whether the label may not be missing. Default: True.
-            typed (bool): whether values have types; the cells of a CSV file have none, there ``0``
+            row: the row as JSON gives it.
+            labelled: whether the row must have a label or probabilities. Default: True.
+            typed: whether values have types; the cells of a CSV file have none, there ``0``
                 and ``true`` are told by their text. Default: True.
-            number (int): the row's number, its id where the template names none. Default: 0.
+            number: the row's number, its id where the template names none. Default: 0.
 
         Raises:
             BadRow: the row does not fit the template; the error names the field.
         """
-        for scope in self._scopes(row):
+        for item, scope in enumerate(self._scopes(row), 1):
             text = self._text(scope)
-            label = self._label(scope, labelled, typed)
-            yield {
-                'id': _ident(scope, self.id) if self.id else str(number),
+            label = self._label(scope, typed)
+            triplet: Triplet = {
+                'id': identify(scope, self.id) if self.id else f'{number}-{item}' if self.explode else str(number),
                 'input_text': text,
                 'label': label.name if label else '',
                 'answer': label.answer if label else '',
-                'rationale': check_rationale(_lookup(scope, self.rationale), self.rationale),
-                'weight': check_weight(_lookup(scope, self.weight), self.weight, typed),
-                'group': _ident(scope, self.group) if self.group else '',
+                'rationale': check_rationale(look_up(scope, self.rationale), self.rationale),
+                'weight': check_weight(look_up(scope, self.weight), self.weight, typed),
+                'group': identify(scope, self.group) if self.group else '',
+                'probabilities': self._probabilities(scope, typed),
             }
+            yield check_target(triplet, self.label, self.rationale) if labelled else triplet
 
     def _scopes(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         scopes: list[Mapping[str, Any]] = [row]
@@ -180,23 +159,26 @@ class Task:
         for literal, name, spec in _parse(self.prompt):
             parts.append(literal)
             if name and spec:
-                parts.append(_number(_lookup(scope, name), name, spec))
+                parts.append(_number(look_up(scope, name), name, spec))
             elif name:
-                text = check_text(_lookup(scope, name), name, empty=name in self.may_be_empty)
-                parts.append(_word(self.words[name], text, name) if name in self.words else text)
+                text = check_text(look_up(scope, name), name, empty=name in self.may_be_empty)
+                if name in self.words and text not in self.words[name]:
+                    raise _unknown(text, self.words[name], name)
+                parts.append(self.words[name][text] if name in self.words else text)
         return ''.join(parts)
 
-    def _label(self, scope: Mapping[str, Any], labelled: bool, typed: bool) -> Label | None:
-        value = _lookup(scope, self.label)
-        if value is None and not labelled:
-            return None
+    def _probabilities(self, scope: Mapping[str, Any], typed: bool) -> dict[str, float] | None:
+        value = look_up(scope, self.probabilities)
+        return check_probabilities(value, self.probabilities, self.label_names, typed)
+
+    def _label(self, scope: Mapping[str, Any], typed: bool) -> Label | None:
+        value = look_up(scope, self.label)
         if value is None:
-            raise BadRow(self.label, 'is missing')
+            return None
         for label in self.labels:
-            if _same(value, label.value) if typed else str(value) in _spellings(label.value):
+            if label.matches(value, typed):
                 return label
-        known = ', '.join(_json(label.value) for label in self.labels)
-        raise BadRow(self.label, f'{_json(value)} is none of {known}')
+        raise _unknown(value, [label.value for label in self.labels], self.label)
 
 
 def task_names() -> list[str]:
@@ -204,11 +186,11 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in TEMPLATES.glob('*.yaml'))
 
 
-def load_task(spec: 'str | Path | Mapping[str, Any] | Task') -> Task:
-    """A task by its name, from a YAML template, or from a mapping of the same keys.
+def load_task(spec: str | Path | Mapping[str, Any] | Task) -> Task:
+    """Load a task by its name, from a YAML template, or from a mapping of the same keys.
 
     Args:
-        spec: a name from ``task_names()``, the path of a template, ``Task.to_dict()``, or a task.
+        spec: a name of :func:`task_names`, the path of a template, :meth:`Task.to_dict`, or a task.
 
     Raises:
         UserError: no such task or file, or a key that is unknown, missing or of the wrong kind.
@@ -221,76 +203,28 @@ def load_task(spec: 'str | Path | Mapping[str, Any] | Task') -> Task:
         return spec
     if isinstance(spec, Mapping):
         return _from_mapping(spec, f'task {spec.get("name", "")}')
-    if str(spec) in task_names():
-        return load_task(TEMPLATES / f'{spec}.yaml')
-    path = Path(spec)
+    if not isinstance(spec, str | Path):
+        raise UserError(f'task: found {spell(spec)}; expected a name, the path of a template, or a mapping of its keys')
+    path = TEMPLATES / f'{spec}.yaml' if str(spec) in task_names() else Path(spec)
     if path.suffix not in ('.yaml', '.yml'):
-        raise UserError(f'unknown task {str(spec)!r}; {nearest(str(spec), task_names(), KNOWN)}')
-    return _from_mapping(_read_yaml(path), str(path))
+        raise UserError(f'unknown task {str(spec)!r}; {nearest(str(spec), task_names())}')
+    if path.exists() and not path.is_file():
+        raise UserError(f'{path}: is not a file; expected a YAML template')
+    with user_errors(f'{path}: not valid YAML', OSError, ValueError, RecursionError, yaml.YAMLError):
+        data = yaml.safe_load(path.read_text('utf-8'))
+    if not isinstance(data, Mapping):
+        raise UserError(f"{path}: found {spell(data)}; expected a mapping of keys, see the package's templates")
+    return _from_mapping(data, str(path))
 
 
-def check_text(value: object, field: str, empty: bool = False) -> str:
-    """``value`` if it is a text that can be written as UTF-8, and not blank unless ``empty``."""
-    if value is None:
-        raise BadRow(field, 'is missing')
-    if not isinstance(value, str):
-        raise BadRow(field, f'{_json(value)} where text belongs')
-    if not empty and (not value or value.isspace()):
-        raise BadRow(field, 'is empty')
-    if not (value.isascii() or is_unicode(value)):
-        raise BadRow(field, 'is not valid Unicode (a lone surrogate)')
-    return value
-
-
-def check_id(value: object, field: str) -> str:
-    """``value`` as a text if it is a text or a whole number."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return check_text(value, field)
-
-
-def check_rationale(value: object, field: str) -> str | list[str] | None:
-    """``value`` if it is None, a text, or a list of at least one text."""
-    if value is None:
-        return None
-    if isinstance(value, list) and value:
-        return [check_text(text, f'{field}[{index}]') for index, text in enumerate(value)]
-    return check_text(value, field)
-
-
-def check_weight(value: object, field: str, typed: bool = True) -> float:
-    """The weight as a float; 1.0 where the row has none."""
-    if value is None:
-        return 1.0
-    if not typed and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadRow(field, f'{_json(value)} where a number belongs')
-    if not (math.isfinite(value) and value >= 0):
-        raise BadRow(field, f'{value} where a finite number, zero or more, belongs')
-    return float(value)
-
-
-def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be written as UTF-8: JSON can spell lone surrogates, UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-# ------------------------------------------------------------------------------------------------
-# Fields and format strings
-
-_FIELD = re.compile(r'[^\[\]{}.!:]+(\[[^\[\]{}]+\])*')
+# A column, whose name may hold dots or stand in brackets, then keys. Nothing reaches an attribute.
+_FIELD = re.compile(r'([^\[\]{}.!:]+(\.[^\[\]{}.!:_][^\[\]{}.!:]*)*|\[[^\[\]{}]+\])(\[[^\[\]{}]+\])*')
 
 
 @lru_cache(maxsize=256)
 def _path(name: str) -> tuple[str, ...]:
     """``target[span1_text]`` as ('target', 'span1_text')."""
-    return tuple(part.rstrip(']') for part in name.split('['))
+    return tuple(part.rstrip(']') for part in name.split('[') if part)
 
 
 @lru_cache(maxsize=256)
@@ -299,13 +233,22 @@ def _parse(text: str) -> tuple[tuple[str, str, str], ...]:
     parts = []
     for literal, name, spec, conversion in string.Formatter().parse(text):
         if name is not None and (conversion or not _FIELD.fullmatch(name)):
-            raise ValueError(f'{{{name}}} is not a field; write {{name}} or {{name[key]}}')
+            raise ValueError(f'{{{name}}} is not a field; write {{name}}, {{name[key]}} or {{[any name]}}')
         parts.append((literal, name or '', spec or ''))
     return tuple(parts)
 
 
-def _lookup(scope: Mapping[str, Any], name: str) -> Any:
-    """The field's value, None where it is missing."""
+def _check_format(name: str, spec: str) -> None:
+    """Refuse what formats no number, what is a field itself, and what prints thousands of characters."""
+    for zero in (0, 0.0) if not re.search(r'{|\d{4}', spec) else ():
+        with suppress(ValueError):
+            format(zero, spec)
+            return
+    raise ValueError(f'{{{name}:{spec}}} holds no format of a number, such as {{{name}:d}} or {{{name}:.2f}}')
+
+
+def look_up(scope: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, which a template spells as ``name`` or ``name[key]``; None where it is missing."""
     value: Any = scope
     for key in _path(name):
         try:
@@ -316,86 +259,50 @@ def _lookup(scope: Mapping[str, Any], name: str) -> Any:
 
 
 def _items(scope: Mapping[str, Any], name: str) -> list[Any]:
-    items = _lookup(scope, name)
+    items = look_up(scope, name)
     if not isinstance(items, list):
-        raise BadRow(name, 'is missing' if items is None else f'{_json(items)} where a list belongs')
+        raise BadRow(name, 'is missing' if items is None else f'found {spell(items)}; expected a list')
     return items
 
 
-def _ident(scope: Mapping[str, Any], spec: str) -> str:
-    """An id: one field, or several put together by a format string."""
+def identify(scope: Mapping[str, Any], spec: str) -> str:
+    """The id that a template's ``id`` or ``group`` gives a row: one field, or several put together."""
     if '{' not in spec:
-        return check_id(_lookup(scope, spec), spec)
-    return ''.join(
-        literal + (check_id(_lookup(scope, name), name) if name else '') for literal, name, _ in _parse(spec)
-    )
+        return check_id(look_up(scope, spec), spec)
+    parts = _parse(spec)
+    return ''.join(literal + (check_id(look_up(scope, name), name) if name else '') for literal, name, _ in parts)
 
 
 def _number(value: object, field: str, spec: str) -> str:
     if value is None:
         raise BadRow(field, 'is missing')
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadRow(field, f'{_json(value)} where a number belongs')
+        raise BadRow(field, f'found {spell(value)}; expected a number')
     try:
         return format(value, spec)
-    except ValueError:
-        raise BadRow(field, f'{value} does not fit the format {spec!r}') from None
+    except (ValueError, OverflowError):
+        raise BadRow(field, f'found {spell(value)}; expected a number for the format {spec!r}') from None
 
 
-def _word(table: Mapping[str, str], text: str, field: str) -> str:
-    if text not in table:
-        raise BadRow(field, f'{_json(text)} is none of {", ".join(map(_json, table))}')
-    return table[text]
+def _unknown(value: object, known: Iterable[object], field: str) -> BadRow:
+    return BadRow(field, f'found {spell(value)}; expected one of {", ".join(map(spell, known))}')
 
 
-def _same(value: object, other: object) -> bool:
-    # Python says 1 == True; JSON does not.
-    return type(value) is type(other) and value == other
-
-
-def _spellings(value: str | int | bool) -> tuple[str, str]:
-    return str(value), str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _json(value: object) -> str:
-    """The value as JSON spells it, so that true and "true" look different; cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else f'{text[:76]} ...'
-
-
-# ------------------------------------------------------------------------------------------------
-# Checking templates
-
-_KINDS: dict[str, type] = {
-    'name': str, 'prompt': str, 'labels': list, 'label': str, 'id': str, 'group': str, 'rationale': str,
-    'weight': str, 'words': dict, 'may_be_empty': list, 'explode': list, 'metrics': list, 'hub': dict,
-}  # fmt: skip
-_KIND_NAMES = {str: 'a text', list: 'a list', dict: 'a mapping'}
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text('utf-8'))
-    except OSError as error:
-        raise UserError(f'{path}: cannot read the template: {error.strerror}') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from None
-    if not isinstance(data, Mapping):
-        raise UserError(f"{path}: expected a mapping of keys, see the package's templates")
-    return data
+# The kind of each key of a template: str, tuple or Mapping.
+_KINDS: dict[str, type] = {name: get_origin(hint) or hint for name, hint in get_type_hints(Task).items()}
+_KIND_NAMES: dict[type, str] = {str: 'a text', tuple: 'a list', Mapping: 'a mapping'}
 
 
 def _from_mapping(data: Mapping[str, Any], where: str) -> Task:
     _check_keys(data, where, _KINDS)
-    missing = [key for key in ('name', 'prompt', 'labels') if not data.get(key)]
-    if missing:
-        raise UserError(f'{where}: the key {missing[0]!r} is missing')
+    for key in ('name', 'prompt', 'labels'):
+        if not data.get(key):
+            raise UserError(f'{where}: the key {key!r} is missing')
     hub = data.get('hub', {})
     _check_keys(hub, f'{where}: hub', {**_KINDS, 'path': str, 'config': str})
-    values: dict[str, Any] = {**_tuples(data), 'labels': _labels(data['labels'], where), 'hub': _tuples(hub)}
-    task = Task(**values)
+    if 'labels' in hub:
+        hub = {**hub, 'labels': _labels(hub['labels'], f'{where}: hub')}
+    task = Task(**{**_tuples(data), 'labels': _labels(data['labels'], where), 'hub': _tuples(hub)})
     _check_task(task, where)
     _check_task(task.for_hub(), f'{where}: hub')
     return task
@@ -404,10 +311,10 @@ def _from_mapping(data: Mapping[str, Any], where: str) -> Task:
 def _check_keys(data: Mapping[str, Any], where: str, kinds: Mapping[str, type]) -> None:
     for key, value in data.items():
         if key not in kinds:
-            raise UserError(f'{where}: unknown key {key!r}; {nearest(str(key), kinds, KNOWN)}')
+            raise UserError(f'{where}: unknown key {key!r}; {nearest(str(key), kinds)}')
         kind = kinds[key]
-        if not isinstance(value, tuple | list if kind is list else Mapping if kind is dict else kind):
-            raise UserError(f'{where}: {key}: expected {_KIND_NAMES[kind]}, found {_json(value)}')
+        if not isinstance(value, (tuple, list) if kind is tuple else kind):
+            raise UserError(f'{where}: {key}: found {spell(value)}; expected {_KIND_NAMES[kind]}')
 
 
 def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -420,47 +327,55 @@ def _labels(items: list[Any], where: str) -> tuple[Label, ...]:
         item = item if isinstance(item, Mapping) else {'value': item}
         value = item.get('value')
         if not isinstance(value, str | int):
-            expected = 'a text, a whole number or true/false'
-            raise UserError(f'{where}: labels: value: expected {expected}, found {_json(value)}')
+            found = spell(value)
+            raise UserError(f'{where}: labels: value: found {found}; expected a text, a whole number or true/false')
         _check_keys(item, f'{where}: labels', {'value': type(value), 'name': str, 'answer': str})
         name = item.get('name', str(value))
         labels.append(Label(value, name, item.get('answer', name)))
     for part in ('value', 'name', 'answer'):
-        parts = [_json(getattr(label, part)) for label in labels]
+        parts = [spell(getattr(label, part)) for label in labels]
         if len(set(parts)) < max(2, len(parts)):
             found = ', '.join(parts)
-            raise UserError(f'{where}: labels: expected two or more, each {part} once, found {found}')
+            raise UserError(f'{where}: labels: found {found}; expected two or more, each {part} once')
     return tuple(labels)
 
 
 def _check_task(task: Task, where: str) -> None:
-    """The fields' spelling, and that the keys which speak of the prompt's fields name such fields."""
-    named = {
-        'prompt': task.prompt,
-        'id': task.id if '{' in task.id or not task.id else f'{{{task.id}}}',
-        'group': task.group if '{' in task.group or not task.group else f'{{{task.group}}}',
-        **{key: f'{{{getattr(task, key)}}}' for key in ('label', 'rationale', 'weight')},
-    }
-    for key, text in named.items():
-        try:
-            _parse(text)
-        except ValueError as error:
-            raise UserError(f'{where}: {key}: {error}') from None
+    """Check how fields are written, and that ``words`` and ``may_be_empty`` name fields of the prompt."""
+    for key in ('prompt', 'id', 'group', 'label', 'rationale', 'weight', 'probabilities'):
+        text = getattr(task, key)
+        is_format = key == 'prompt' or (key in ('id', 'group') and ('{' in text or not text))
+        with user_errors(f'{where}: {key}', ValueError):
+            _parse(text if is_format else f'{{{text}}}')
+    for key in ('explode', 'may_be_empty', 'metrics'):
+        for item in getattr(task, key):
+            if not isinstance(item, str):
+                raise UserError(f'{where}: {key}: found {spell(item)}; expected a list of texts')
     for clause in task.explode:
         name, found, source = clause.partition(' in ')
         if not (found and name.isidentifier() and _FIELD.fullmatch(source)):
-            raise UserError(f"{where}: explode: expected 'name in field', found {clause!r}")
+            raise UserError(f"{where}: explode: found {clause!r}; expected 'name in field'")
+    if '\\n' in task.prompt:
+        raise UserError(
+            f'{where}: prompt: found a backslash and an n; for a line break use "..." or a block |- in YAML'
+        )
     prompt_fields = [name for _, name, _ in _parse(task.prompt) if name]
+    with user_errors(f'{where}: prompt', ValueError):
+        for _, name, spec in _parse(task.prompt):
+            if spec:
+                _check_format(name, spec)
     if not prompt_fields:
         raise UserError(f'{where}: prompt: names no field; write one as {{name}}')
     for key, names in (('words', task.words), ('may_be_empty', task.may_be_empty)):
         for name in names:
             if name not in prompt_fields:
-                near = nearest(name, prompt_fields, KNOWN)
-                raise UserError(f'{where}: {key}: the prompt has no field {name!r}; {near}')
+                raise UserError(f'{where}: {key}: the prompt has no field {name!r}; {nearest(name, prompt_fields)}')
+    for name, words in task.words.items():
+        if not (isinstance(words, Mapping) and all(isinstance(word, str) for pair in words.items() for word in pair)):
+            raise UserError(f'{where}: words: {name}: found {spell(words)}; expected a mapping of texts to texts')
     for metric in task.metrics:
         if metric not in METRICS:
-            raise UserError(f'{where}: metrics: unknown metric {metric!r}; {nearest(str(metric), METRICS, KNOWN)}')
+            raise UserError(f'{where}: metrics: unknown metric {metric!r}; {nearest(metric, METRICS)}')
     if 'em' in task.metrics and not task.group:
         raise UserError(f'{where}: metrics: em, exact match by group, needs the key group')
     if 'f1a' in task.metrics and len(task.labels) != 2:

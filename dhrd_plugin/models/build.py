@@ -1,17 +1,32 @@
-"""Build a dual-head network from a pretrained name, or again from a checkpoint's metadata."""
+"""Build models: from a pretrained name, from a checkpoint's metadata, from the folder of an export."""
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
-from dhrd_plugin.errors import UserError
+from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.models.pretrained import resolve
+from dhrd_plugin.models.probe import check_head, is_token, text_lm
+from dhrd_plugin.models.slim import SlimClassifier, SlimClassifierConfig
+from dhrd_plugin.models.versions import DTYPE, INFORMED, config_from, misfit_of, no_init_weights, pad_token_of
 
 # E.4 of the paper.
 PAPER_LORA: dict[str, Any] = {
@@ -23,14 +38,17 @@ PAPER_LORA: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def _user_errors(key: str, name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f'{key}: cannot load {name!r}: {reason}') from error
+def _loading(where: str) -> Iterator[None]:
+    """What transformers says of a folder, on one line; that it holds code takes it more words than fit."""
+    with user_errors(where, kind=True):
+        try:
+            yield
+        except ValueError as error:
+            if 'trust_remote_code' not in str(error):
+                raise
+            raise UserError(
+                f'{where}: it brings code of its own, which needs trust_remote_code=true to be run'
+            ) from error
 
 
 def build_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -40,74 +58,97 @@ def build_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         name: see :func:`dhrd_plugin.models.pretrained.resolve`.
         **kwargs: for ``AutoTokenizer.from_pretrained``.
 
-    Raises:
-        UserError: it cannot be loaded.
+    Returns:
+        The tokenizer, which pads on the right.
     """
-    with _user_errors('tokenizer', name):
+    kwargs = {'trust_remote_code': False, **kwargs}  # without it transformers asks, on stdin
+    with _loading(f'tokenizer: cannot load {name!r}'):
         folder = resolve(name)
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
         if tokenizer.pad_token is None:
             with contextlib.suppress(OSError):
-                pad_id = AutoConfig.from_pretrained(folder).pad_token_id
-                tokenizer.pad_token = None if pad_id is None else tokenizer.convert_ids_to_tokens(pad_id)
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=kwargs['trust_remote_code'])
+                pad_id = pad_token_of(config)
+                if is_token(pad_id, len(tokenizer)):
+                    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f'tokenizer: {name!r} has neither a pad token nor an end of text to pad with; expected '
+            "tokenizer.kwargs={pad_token: '<pad>'} with a token of its own"
+        )
     # Right padding is what an exported classifier expects; the collator pads by itself.
     tokenizer.padding_side = 'right'
     return tokenizer
 
 
 def build_causal_lm(
-    name: str,
-    pretrained: bool = True,
-    config_overrides: Mapping[str, Any] | None = None,
-    **kwargs: Any,
+    name: str, pretrained: bool = True, config_overrides: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> PreTrainedModel:
     """Load the shared backbone with its LM head.
 
     Args:
         name: see :func:`dhrd_plugin.models.pretrained.resolve`.
-        pretrained: ``False`` draws random weights in the same shape.
-        config_overrides: values of the model's config to change.
+        pretrained: ``False`` draws random weights in the same shape. Default: ``True``.
+        config_overrides: values of the model's config to change; ``dtype`` is that of the weights, otherwise
+            ``float32``. Default: none.
         **kwargs: for ``AutoModelForCausalLM``.
 
-    Raises:
-        UserError: it cannot be loaded, or an override names no value of its config.
+    Returns:
+        The causal LM.
     """
-    with _user_errors('model.pretrained_model_name_or_path', name):
+    overrides = dict(config_overrides or {})
+    dtype = overrides.pop('dtype', overrides.pop('torch_dtype', torch.float32))
+    kwargs = {'trust_remote_code': False, DTYPE: dtype, **kwargs}
+    key = 'model.pretrained_model_name_or_path'
+    with _loading(f'{key}: cannot load {name!r}'):
         folder = resolve(name)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=kwargs.get('trust_remote_code', False))
-        for key, value in (config_overrides or {}).items():
-            if not hasattr(config, key):
-                raise UserError(f'model.config_overrides.{key}: unknown key of {type(config).__name__}')
-            setattr(config, key, value)
-        if pretrained:
-            return AutoModelForCausalLM.from_pretrained(folder, config=config, **kwargs)
-        return AutoModelForCausalLM.from_config(config, **kwargs)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=kwargs['trust_remote_code'])
+        text = config.get_text_config()
+        for changed, value in overrides.items():
+            if not hasattr(text, changed):
+                raise UserError(f'model.config_overrides.{changed}: unknown key of {type(text).__name__}')
+            setattr(text, changed, value)
+        if not pretrained:
+            return AutoModelForCausalLM.from_config(text, **kwargs)
+        options = {'config': config, **INFORMED, **kwargs}
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if misfit := misfit_of(info):
+        raise UserError(f'{key}: cannot load {name!r}: {misfit}')
+    missing = sorted(info['missing_keys'])
+    if missing:
+        raise UserError(
+            f'{key}: {name!r} lacks {len(missing)} of the weights of a {type(model).__name__}, such as {missing[0]}; '
+            'expected the checkpoint of a whole causal LM'
+        )
+    return text_lm(model)
 
 
 def add_lora(network: DualHeadNetwork, lora: Mapping[str, Any]) -> None:
-    """Put LoRA adapters into the backbone and freeze the rest of it; the classification head trains besides.
+    """Add LoRA adapters to the backbone and freeze the rest of it; the classification head still trains.
 
     Args:
         network: changed in place.
         lora: fields of ``peft.LoraConfig``; what is left out is the paper's (E.4).
 
     Raises:
-        UserError: a field or a target module that does not exist.
+        UserError: peft refuses them, or they add an adapter to the LM head, whose weight alone the loss reads.
     """
     import peft
 
     settings = {**PAPER_LORA, **lora}
-    try:
+    with user_errors('model.lora', TypeError, ValueError):
         config = peft.LoraConfig(**settings)
         peft.inject_adapter_in_model(config, network.causal_lm)
-    except (TypeError, ValueError) as error:
-        raise UserError(f'model.lora: {" ".join(str(error).split())}') from error
+    check_head(network.lm_head, 'model.lora.target_modules')
     network.lora = settings
 
 
-def merged_state(network: DualHeadNetwork) -> dict[str, torch.Tensor]:
+def merged_state(network: DualHeadNetwork) -> dict[str, Tensor]:
     """The backbone's weights with the adapters merged in; the network itself is left as it is.
+
+    Layer by layer, as PEFT's own unloading needs a ``PeftModel``, which adapters that were injected have not,
+    and a copy of all weights, as it merges in place.
 
     Returns:
         Names as in ``network.backbone`` without adapters; values share memory where nothing was merged.
@@ -117,28 +158,38 @@ def merged_state(network: DualHeadNetwork) -> dict[str, torch.Tensor]:
     state = network.backbone.state_dict()
     for name, module in network.backbone.named_modules():
         if isinstance(module, LoraLayer):
-            base = module.get_base_layer()
-            assert isinstance(base.weight, torch.Tensor)
-            state[f'{name}.base_layer.weight'] = base.weight + module.get_delta_weight('default')  # pyright: ignore
-    return {
-        name.replace('.base_layer.', '.'): value.detach() for name, value in state.items() if '.lora_' not in name
-    }
+            layer: Any = copy.deepcopy(module)
+            layer.merge()
+            state |= {f'{name}.base_layer.{key}': value for key, value in layer.base_layer.state_dict().items()}
+    return {name.replace('.base_layer.', '.'): value for name, value in state.items() if '.lora_' not in name}
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Models that are built inside have no weights yet; what is no weight, such as rotary frequencies, they have.
+
+    The memory of the weights is not touched, nothing is drawn at random. It is for ``load_state_dict(assign=True)``.
+    """
+    with no_init_weights(), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def rebuild(metadata: Mapping[str, Any]) -> DualHeadNetwork:
-    """The network that a checkpoint's metadata describes, on the meta device, without weights.
+    """The network that a checkpoint's metadata describes, without weights (:func:`without_weights`).
 
     Args:
-        metadata: of :meth:`ComposerDualHeadClassifier.get_metadata`.
+        metadata: of :meth:`~dhrd_plugin.ComposerDualHeadClassifier.get_metadata`.
+
+    Returns:
+        The network, adapters included.
     """
-    content = copy.deepcopy(metadata['model']['config']['content'])
     settings = metadata['dhrd']
-    config = AutoConfig.for_model(content.pop('model_type'), **content)
-    with torch.device('meta'):
-        causal_lm = AutoModelForCausalLM.from_config(config)
-        network = DualHeadNetwork(
-            causal_lm, len(settings['label_names']), settings['head'], settings['pooling'], settings['dropout']
-        )
+    config = config_from(metadata['model']['config']['content'])
+    with without_weights():
+        causal_lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        heads = {key: settings[key] for key in ('head', 'pooling', 'dropout')}
+        heads['norm'] = settings.get('norm', False)  # a checkpoint of an older version has none
+        network = DualHeadNetwork(causal_lm, len(settings['label_names']), **heads, probe=False)
         if settings.get('lora'):
             add_lora(network, settings['lora'])
     return network
@@ -148,3 +199,57 @@ def freeze(module: nn.Module) -> None:
     """Train nothing of a module."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+
+
+def is_sequence_classifier(inner: nn.Module) -> bool:
+    """Whether this is the ``...ForSequenceClassification`` that Hugging Face has for its config, or a subclass."""
+    config = getattr(inner, 'config', None)
+    stock = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)  # pyright: ignore
+    return stock is not None and isinstance(inner, stock)  # pyright: ignore[reportArgumentType]
+
+
+@contextlib.contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Transformers 5 shows one for each model that it loads, however small."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_slim(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load the model of a slim export, or another Hugging Face classifier; code in the folder is never run.
+
+    Args:
+        folder: with a ``config.json``.
+        **kwargs: for ``from_pretrained``.
+
+    Returns:
+        The classifier, in evaluation mode.
+
+    Raises:
+        UserError: the folder lacks weights of the classifier, which transformers draws at random instead.
+    """
+    config = load_slim_config(folder)
+    options = {'config': config, 'trust_remote_code': False, **INFORMED, **kwargs}
+    kind: Any = SlimClassifier if isinstance(config, SlimClassifierConfig) else AutoModelForSequenceClassification
+    with without_progress_bar():
+        model, info = kind.from_pretrained(folder, **options)
+    if misfit := misfit_of(info):
+        raise UserError(f'{folder}: cannot be loaded: {misfit}')
+    if info['missing_keys']:
+        raise UserError(
+            f'{folder}: found no weight named {min(info["missing_keys"])}; expected those of {type(model).__name__}'
+        )
+    return model.eval()
+
+
+def load_slim_config(folder: str | Path) -> PretrainedConfig:
+    """Load the config of such a model; code in the folder is never run."""
+    kind = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8')).get('model_type')
+    if kind == SlimClassifierConfig.model_type:
+        return SlimClassifierConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -1,22 +1,38 @@
-"""The ComposerModel around the dual-head network."""
+"""The ``ComposerModel`` around the dual-head network."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from composer.models import HuggingFaceModel
 from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_plugin.errors import UserError
-from dhrd_plugin.losses import weighted_mean
+from dhrd_plugin.losses import IGNORE_INDEX, soft_cross_entropy, weighted_mean
 from dhrd_plugin.metrics import ExactMatch, build_metrics
 from dhrd_plugin.models.network import DualHeadNetwork, DualHeadOutput
+from dhrd_plugin.models.versions import pad_token_of
 
 RETURN_REASONING_LOSS = 'return_reasoning_loss'
 _INPUTS = ('input_ids', 'attention_mask', 'pool_index', 'reasoning_labels', RETURN_REASONING_LOSS)
+
+
+def describe(model: HuggingFaceModel) -> dict[str, Any]:
+    """``get_metadata`` of Composer's ``HuggingFaceModel``, which fails where the tokenizer has several chat templates.
+
+    transformers writes those to a folder of their own, unless they are to stay in the tokenizer's config.
+    """
+    tokenizer: Any = model.tokenizer
+    if not isinstance(getattr(tokenizer, 'chat_template', None), dict):
+        return HuggingFaceModel.get_metadata(model)
+    tokenizer.save_pretrained = partial(tokenizer.save_pretrained, save_jinja_files=False)
+    try:
+        return HuggingFaceModel.get_metadata(model)
+    finally:
+        del tokenizer.save_pretrained
 
 
 class ComposerDualHeadClassifier(HuggingFaceModel):
@@ -28,14 +44,19 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
 
     Args:
         network: the dual-head network.
-        tokenizer: stored in checkpoints and exports.
+        tokenizer: stored in checkpoints and exports. Default: none.
         label_names: the K class names, in the order of the logits. Default: ``LABEL_0`` and so on.
         metrics: torchmetrics to compute, shown by the names of their classes. Default: accuracy and
             macro-F1. :class:`~dhrd_plugin.metrics.ExactMatch` is left out of training, whose batches
             hold no whole groups; for evaluation it needs a collator with ``groups=True``.
         class_weights: K weights of the cross-entropy. Default: none (ours, not the paper's).
         label_smoothing: of the classification loss. Default: 0 (ours, not the paper's).
-        info: plain JSON to store in checkpoints and exports besides: markers, task, LoRA.
+        soft_label_weight: of a row's probabilities beside its label, see
+            :func:`~dhrd_plugin.losses.soft_cross_entropy`. Default: 0.5 (ours, not the paper's).
+        info: plain JSON to store in checkpoints and exports besides: markers, task, LoRA. Default: nothing.
+
+    Raises:
+        ValueError: ``label_names`` does not have K names.
     """
 
     def __init__(
@@ -47,6 +68,7 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
         class_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         info: Mapping[str, Any] | None = None,
+        soft_label_weight: float = 0.5,
     ):
         num_labels = network.num_labels
         self.label_names = list(label_names or (f'LABEL_{i}' for i in range(num_labels)))
@@ -54,6 +76,7 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
             raise ValueError(f'label_names: found {len(self.label_names)} names for {num_labels} classes')
         self.info = dict(info or {})
         self.label_smoothing = label_smoothing
+        self.soft_label_weight = soft_label_weight
         metrics = build_metrics(['accuracy', 'macro_f1'], num_labels) if metrics is None else metrics
         super().__init__(
             network,  # pyright: ignore[reportArgumentType]
@@ -78,47 +101,54 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
         return self.network(**{key: batch[key] for key in _INPUTS if key in batch})
 
     def loss(self, outputs: DualHeadOutput, batch: Mapping[str, Any]) -> Tensor:  # pyright: ignore
-        """The classification loss (Eq. 2), a mean over the samples, weighted where the batch has weights."""
+        """Compute the classification loss (Eq. 2), a mean over the B samples, weighted where the batch has weights."""
         assert outputs.logits is not None
-        losses = F.cross_entropy(
+        losses = soft_cross_entropy(
             outputs.logits,
             batch['labels'],
-            weight=self.class_weights,
-            reduction='none',
-            label_smoothing=self.label_smoothing,
+            batch.get('label_probabilities'),
+            self.soft_label_weight,
+            self.class_weights,
+            self.label_smoothing,
         )
         return weighted_mean(losses, batch.get('classification_weight'))
 
     def eval_forward(self, batch: Mapping[str, Any], outputs: DualHeadOutput | None = None) -> Tensor:  # pyright: ignore
-        """[B, K] logits; never reads the rationale."""
+        """Compute [B, K] logits without reading the rationale."""
         if outputs is None:
             outputs = self.forward({k: v for k, v in batch.items() if k != RETURN_REASONING_LOSS})
         assert outputs.logits is not None
         return outputs.logits
 
     def update_metric(self, batch: Mapping[str, Any], outputs: Tensor, metric: Metric) -> dict:
-        """Update one metric with a batch's logits."""
-        labels = batch['labels'].to(metric.device)
-        logits = outputs.to(metric.device)
-        if not isinstance(metric, ExactMatch):
-            metric.update(logits, labels)
-            return {}
-        if 'group' not in batch:
-            raise UserError('metrics: ExactMatch found no `group` in the batch; expected TripletCollator(groups=True)')
-        metric.update(logits, labels, batch['group'].to(metric.device))
+        """Update one metric with a batch's logits [B, K]; rows without a label do not count."""
+        taken = [outputs, batch['labels']]
+        if isinstance(metric, ExactMatch):
+            if 'group' not in batch:
+                raise UserError(
+                    'metrics: ExactMatch found no `group` in the batch; expected TripletCollator(groups=True)'
+                )
+            taken.append(batch['group'])
+        if 'label_probabilities' in batch:  # only rows with these may lack a label
+            known = batch['labels'] != IGNORE_INDEX
+            if not known.any():
+                return {}
+            taken = [values[known.to(values.device)] for values in taken]
+        metric.update(*(values.to(metric.device) for values in taken))
         return {}
 
     def get_metadata(self) -> dict[str, Any]:
-        """What a checkpoint says of itself: config, tokenizer, heads, labels, markers, LoRA."""
+        """Describe the model in a checkpoint: config, tokenizer, heads, labels, markers, LoRA."""
         network = self.network
-        metadata = super().get_metadata()
+        metadata = describe(self)
         metadata['dhrd'] = {
             'label_names': self.label_names,
             'head': network.classifier.kind,
             'pooling': network.pooling,
             'dropout': network.classifier.dropout.p,
+            'norm': network.classifier.norm is not None,
             'lora': network.lora,
-            'pad_token_id': self.config.pad_token_id if self.tokenizer is None else self.tokenizer.pad_token_id,
+            'pad_token_id': pad_token_of(self.config) if self.tokenizer is None else self.tokenizer.pad_token_id,
             **self.info,
         }
         return metadata

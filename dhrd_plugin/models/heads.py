@@ -21,10 +21,18 @@ def decoder_inputs(backbone: nn.Module, input_ids: Tensor, attention_mask: Tenso
         input_ids: [B, S].
         attention_mask: [B, S], 1 for real tokens.
     """
-    kwargs = {'input_ids': input_ids, 'attention_mask': attention_mask, 'use_cache': False}
-    if 'position_ids' in inspect.signature(backbone.forward).parameters:
-        kwargs['position_ids'] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    accepted = inspect.signature(backbone.forward).parameters
+    kwargs: dict[str, Any] = {'input_ids': input_ids, 'attention_mask': attention_mask}
+    if 'use_cache' in accepted:
+        kwargs['use_cache'] = False
+    if 'position_ids' in accepted:
+        kwargs['position_ids'] = positions(attention_mask)
     return kwargs
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """[B, S] positions of the real tokens of ``attention_mask`` [B, S]; padding has that of its neighbour."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def last_hidden_state(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -71,6 +79,8 @@ class ClassificationHead(nn.Module):
             bias, the head of Hugging Face's ``...ForSequenceClassification``.
         dropout: applied before each layer.
         initializer_range: standard deviation of the initial weights.
+        norm: a LayerNorm before the first of the two layers: the states of some backbones are two hundred
+            times longer than others'. ``mlp`` alone has it.
     """
 
     def __init__(
@@ -80,11 +90,15 @@ class ClassificationHead(nn.Module):
         kind: str = 'mlp',
         dropout: float = 0.0,
         initializer_range: float = 0.02,
+        norm: bool = False,
     ):
         super().__init__()
         if kind not in HEADS:
             raise ValueError(f"head: found {kind!r}; expected 'mlp' or 'linear'")
+        if norm and kind != 'mlp':
+            raise ValueError(f"norm: found with head {kind!r}; expected 'mlp', the head that can have one")
         self.kind = kind
+        self.norm = nn.LayerNorm(hidden_size) if norm else None
         self.dropout = nn.Dropout(dropout)
         if kind == 'mlp':
             self.dense = nn.Linear(hidden_size, hidden_size)
@@ -99,6 +113,8 @@ class ClassificationHead(nn.Module):
         """[B, H] to [B, K]."""
         with torch.autocast(pooled.device.type, enabled=False):
             pooled = pooled.to(self.out_proj.weight.dtype)
+            if self.norm is not None:
+                pooled = self.norm(pooled)
             if self.kind == 'mlp':
                 pooled = nn.functional.gelu(self.dense(self.dropout(pooled)))
             return self.out_proj(self.dropout(pooled))

@@ -1,20 +1,20 @@
 """The dual-head network: one decoder-only LM, two heads, one forward pass (arXiv:2509.21487, section 3.1)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import chunked_lm_loss
 from dhrd_plugin.models import padding_free as unpadded
 from dhrd_plugin.models.heads import POOLINGS, ClassificationHead, last_hidden_state, last_real_index, pool
-
-# Models that change the logits after the LM head; the chunked loss would be another model's.
-_LOGIT_TRANSFORMS = ('final_logit_softcapping', 'logit_scale', 'logits_scaling')
+from dhrd_plugin.models.probe import check_decoder, decoder_of, left_padding, text_lm
+from dhrd_plugin.models.verbalizer import begin_as_answers
 
 
 @dataclass
@@ -34,18 +34,21 @@ class DualHeadNetwork(nn.Module):
     """A decoder-only LM with a pooled classification head beside its own LM head.
 
     Args:
-        causal_lm: any decoder-only ``AutoModelForCausalLM``; its LM head is the reasoning head.
+        causal_lm: any decoder-only ``AutoModelForCausalLM``; its LM head is the reasoning head. Of a model with
+            parts besides its text, the text part.
         num_labels: number of classes, K.
-        head: ``'mlp'`` (two layers, the paper) or ``'linear'``.
-        pooling: ``'last'`` (last input token, the paper) or ``'mean'`` over the input span.
-        dropout: dropout of the classification head.
-        chunk_size: supervised tokens whose vocabulary logits are alive at a time.
+        head: ``'mlp'`` (two layers, the paper) or ``'linear'``. Default: ``'mlp'``.
+        pooling: ``'last'`` (last input token, the paper) or ``'mean'`` over the input span. Default: ``'last'``.
+        dropout: dropout of the classification head. Default: 0.
+        chunk_size: supervised tokens whose vocabulary logits are alive at a time. Default: 256.
         padding_free: run the real tokens of a batch as one sequence
             (:func:`~dhrd_plugin.models.padding_free.use_padding_free`). Default: ``False``.
+        probe: run a few tokens through the model first; not where it has no weights yet. Default: ``True``.
+        norm: a LayerNorm before the first layer of an ``mlp`` head (ours). Default: ``False``.
 
     Raises:
-        UserError: an encoder or encoder-decoder, a model whose logits are not plainly ``lm_head(hidden)``,
-            or ``padding_free`` where it cannot be.
+        UserError: what :mod:`~dhrd_plugin.models.probe` finds of a few tokens: an encoder or encoder-decoder, a
+            model whose logits are not plainly ``lm_head(hidden)``; or ``padding_free`` with a model that cannot.
     """
 
     def __init__(
@@ -57,31 +60,31 @@ class DualHeadNetwork(nn.Module):
         dropout: float = 0.0,
         chunk_size: int = 256,
         padding_free: bool = False,
+        probe: bool = True,
+        norm: bool = False,
     ):
         super().__init__()
         if pooling not in POOLINGS:
             raise UserError(f"pooling: found {pooling!r}; expected 'last' or 'mean'")
-        check_decoder(causal_lm)
+        causal_lm = text_lm(causal_lm)
+        self.pads_left = check_decoder(causal_lm, run=probe)
         self.causal_lm = causal_lm
         self.config = causal_lm.config
         self.pooling = pooling
         self.lora: dict[str, Any] | None = None
         self.chunk_size = chunk_size
         self.padding_free = padding_free
-        if padding_free:
-            unpadded.use_padding_free(causal_lm)
+        self.longest_unpadded = unpadded.use_padding_free(causal_lm) if padding_free else None
+        # The width of the states, which is not always the config's hidden_size (OPT-350m).
+        width = self.lm_head.weight.shape[1]
         self.classifier = ClassificationHead(
-            self.config.hidden_size,
-            num_labels,
-            head,
-            dropout,
-            getattr(self.config, 'initializer_range', 0.02),
+            width, num_labels, head, dropout, getattr(self.config, 'initializer_range', 0.02), norm
         )
 
     @property
     def backbone(self) -> nn.Module:
         """The decoder without its LM head."""
-        return self.causal_lm.base_model
+        return decoder_of(self.causal_lm)
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -94,15 +97,30 @@ class DualHeadNetwork(nn.Module):
         return self.classifier.out_proj.out_features
 
     def resize_token_embeddings(self, size: int) -> None:
-        """Grow the vocabulary, for markers that are added tokens; each new row is the mean of those before.
+        """Grow the vocabulary, for markers that are added tokens; each new row is the mean of the old ones.
 
-        The mean itself, where transformers draws around it: every rank and every run has the same.
+        The mean itself, while transformers samples around it: every rank and every run gets the same.
+
+        Args:
+            size: tokens in the vocabulary, V.
         """
         known = len(self.causal_lm.get_input_embeddings().weight)  # pyright: ignore
         self.causal_lm.resize_token_embeddings(size, mean_resizing=False)
         with torch.no_grad():
             for layer in (self.causal_lm.get_input_embeddings(), self.lm_head):
                 layer.weight[known:] = layer.weight[:known].mean(0)  # pyright: ignore
+
+    def begin_as_answers(
+        self, tokenizer: PreTrainedTokenizerBase | None, answers: Sequence[str], where: str = 'answers'
+    ) -> None:
+        """Let a linear head over the last token begin as the LM's own choice among the answers.
+
+        Arguments and errors are those of :func:`~dhrd_plugin.models.verbalizer.begin_as_answers`.
+        """
+        found = (self.classifier.kind, self.pooling)
+        if found != ('linear', 'last'):
+            raise UserError(f"{where}: found with head, pooling {found}; expected ('linear', 'last')")
+        begin_as_answers(self.classifier.out_proj, self.lm_head, tokenizer, answers, where)
 
     def forward(
         self,
@@ -120,6 +138,9 @@ class DualHeadNetwork(nn.Module):
             pool_index: [B] position of the last *input* token. Default: the last real token.
             reasoning_labels: [B, S] token ids aligned with ``input_ids``, -100 where unsupervised.
             return_reasoning_loss: run the rationale and return its loss.
+
+        Returns:
+            ``logits`` [B, K], and ``reasoning_loss`` [B] where it was asked for.
         """
         if pool_index is None:
             pool_index = last_real_index(attention_mask)
@@ -128,6 +149,8 @@ class DualHeadNetwork(nn.Module):
             attention_mask = attention_mask * upto(attention_mask, pool_index)
         first, last = real_columns(attention_mask)
         input_ids, attention_mask = input_ids[:, first:last], attention_mask[:, first:last]
+        if not self.pads_left and not attention_mask[:, 0].all():
+            raise left_padding(self.causal_lm)
         hidden = self._last_hidden_state(input_ids, attention_mask)
         logits = self.classifier(pool(hidden, attention_mask, pool_index - first, self.pooling))
         if reason:
@@ -137,15 +160,18 @@ class DualHeadNetwork(nn.Module):
         # DDP and FSDP expect a gradient for every parameter on every rank, also where this rank's
         # rows, or this step's alpha, leave the LM head unread. A tied one has that of the embedding.
         tied = self.causal_lm.get_input_embeddings().weight
-        unread = sum((weight.flatten()[0] * 0 for weight in self.lm_head.parameters() if weight is not tied),
-                     start=logits.new_zeros(()))  # fmt: skip
+        unread = sum(
+            (weight.flatten()[0] * 0 for weight in self.lm_head.parameters() if weight is not tied),
+            start=logits.new_zeros(()),
+        )
         if return_reasoning_loss:
             return DualHeadOutput(logits=logits, reasoning_loss=unread.expand(len(logits)))
         return DualHeadOutput(logits=logits + unread if unread.requires_grad else logits)
 
     def runs_unpadded(self, attention_mask: Tensor) -> bool:
         """Whether rows of this mask [B, S] are run without their padding."""
-        return self.padding_free and unpadded.fits(self.config, attention_mask)
+        longest = self.longest_unpadded
+        return self.padding_free and (longest is None or int(attention_mask.sum(1).max()) <= longest)
 
     def _last_hidden_state(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.runs_unpadded(attention_mask) and not attention_mask.all():
@@ -153,54 +179,22 @@ class DualHeadNetwork(nn.Module):
         return last_hidden_state(self.backbone, input_ids, attention_mask)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Composer asks which modules FSDP wraps by themselves: the decoder blocks."""
+        """Composer asks which modules FSDP wraps by themselves: the decoder blocks, and a head of another precision."""
+        if module is self.classifier:  # FSDP wants one precision in all that it wraps together
+            return self.classifier.out_proj.weight.dtype != self.lm_head.weight.dtype
         return type(module).__name__ in (self.causal_lm._no_split_modules or ())
 
     def activation_checkpointing_fn(self, module: nn.Module) -> bool:
         """Composer asks which modules activation checkpointing wraps: the decoder blocks."""
-        return self.fsdp_wrap_fn(module)
-
-
-def check_decoder(causal_lm: PreTrainedModel) -> None:
-    """Refuse what the method cannot be applied to.
-
-    Raises:
-        UserError: with the reason.
-    """
-    config = causal_lm.config
-    name = type(causal_lm).__name__
-    if config.is_encoder_decoder or causal_lm.get_output_embeddings() is None:
-        raise UserError(f'{name}: expected a decoder-only causal LM with an LM head (AutoModelForCausalLM)')
-    check_causal(config, name)
-
-
-def check_causal(config: PretrainedConfig, name: str) -> None:
-    """Refuse a model whose input states see what follows them, or whose LM logits are not plainly linear.
-
-    Args:
-        config: the model's.
-        name: of the model, for the message.
-
-    Raises:
-        UserError: with the reason.
-    """
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, 'is_decoder', False)
-    if encoder or config.is_encoder_decoder or config.model_type == 'xlnet':
-        raise UserError(
-            f'{name}: an encoder reads the rationale when it pools the input, so the label would leak; '
-            'expected a decoder-only causal LM'
-        )
-    for key in _LOGIT_TRANSFORMS:
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise UserError(f'{name}: its config sets {key}, which the chunked reasoning loss does not apply')
+        return module is not self.classifier and self.fsdp_wrap_fn(module)
 
 
 def upto(attention_mask: Tensor, pool_index: Tensor) -> Tensor:
-    """[B, S] bool, True up to and with ``pool_index`` [B]."""
+    """Make a mask [B, S], bool, ``True`` up to and including ``pool_index`` [B]."""
     return torch.arange(attention_mask.shape[1], device=attention_mask.device) <= pool_index[:, None]
 
 
 def real_columns(attention_mask: Tensor) -> tuple[int, int]:
-    """First and one past the last column in which any row has a real token."""
+    """Find the first, and one past the last, column of ``attention_mask`` [B, S] in which any row has a real token."""
     columns = attention_mask.any(0).nonzero()
     return int(columns[0]), int(columns[-1]) + 1

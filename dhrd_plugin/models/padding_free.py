@@ -5,6 +5,8 @@ works on single tokens; attention takes each row by itself, causally and without
 of torch's ``scaled_dot_product_attention``. A block-diagonal mask over the whole sequence would cost its square.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +15,13 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.models import heads
+from dhrd_plugin.models.probe import HALF, decoder_of, distance, probe_rows, running, tolerance
 
 ATTENTION = 'padding_free'  # its name among transformers' attention functions
-# Decoders whose attention alone mixes tokens, held against their padded states in tests/models/test_padding_free.py.
-PROVED = ('gpt2', 'llama', 'mistral', 'qwen2', 'qwen3')
+# What configs and layers call the number of tokens that attention sees, and how many it sees in the probe.
+_WINDOWS = ('sliding_window', 'attention_chunk_size')
+_SHORT = HALF - 1
 
 
 def attention(
@@ -29,7 +34,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' kind ``sdpa``, or of each row by itself.
+    """Attention as transformers' ``sdpa``, or of each row by itself.
 
     Args:
         module: the attention layer.
@@ -37,8 +42,8 @@ def attention(
         key: [1, key-value heads, T, D].
         value: as ``key``.
         attention_mask: [1, 1, 1, B] whole numbers, the lengths of the rows; anything else is a mask for ``sdpa``.
-        dropout: of the attention weights.
-        scaling: of the products.
+        dropout: of the attention weights. Default: 0.
+        scaling: of the products. Default: that of ``sdpa``.
         **kwargs: for ``sdpa``.
 
     Returns:
@@ -46,17 +51,25 @@ def attention(
     """
     if attention_mask is None or attention_mask.dtype != torch.long:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    window = kwargs.get('sliding_window')
     lengths = attention_mask.flatten().tolist()
     rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)))
-    outputs = [
-        sdpa_attention_forward(module, *row, None, dropout, scaling, is_causal=True)[0]  # pyright: ignore
-        for row in rows
-    ]
+    outputs = []
+    for length, row in zip(lengths, rows):
+        mask = None if window is None or length <= window else _band(length, window, query.device)
+        options = {'dropout': dropout, 'scaling': scaling, 'is_causal': mask is None}
+        outputs.append(sdpa_attention_forward(module, *row, mask, **options)[0])  # pyright: ignore
     return torch.cat(outputs, dim=1), None
 
 
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """[1, 1, length, length], ``True`` where a token sees another: itself and those before it in the window."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return (ones.tril() & ones.triu(1 - window))[None, None]
+
+
 def register() -> None:
-    """Make the function known to transformers, with the masks of ``sdpa`` for batches that are padded."""
+    """Register :func:`attention` with transformers, with the masks of ``sdpa`` for padded batches."""
     AttentionInterface.register(ATTENTION, attention)
     try:
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -65,39 +78,77 @@ def register() -> None:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def why_not(config: PretrainedConfig) -> str | None:
-    """The reason for which a decoder cannot run without padding; ``None`` where it can."""
-    if config.model_type not in PROVED:
-        return f'{config.model_type} is not among {", ".join(PROVED)}'
-    if config._attn_implementation not in ('sdpa', ATTENTION):
-        return f'its attn_implementation is {config._attn_implementation}, not sdpa'
-    return None
-
-
-def use_padding_free(causal_lm: PreTrainedModel) -> None:
-    """Give a decoder the attention that keeps rows apart.
+def use_padding_free(causal_lm: PreTrainedModel) -> int | None:
+    """Give a decoder the attention that keeps rows apart, and see in a few tokens that it does.
 
     Args:
         causal_lm: changed in place, the name of its attention function only.
 
+    Returns:
+        The tokens of the longest row that may run so; ``None`` where any may.
+
     Raises:
-        UserError: it cannot be done.
+        UserError: rows that run together are not what they are alone, as where other layers than attention mix
+            tokens, or attention does not go through transformers' attention interface.
     """
-    reason = why_not(causal_lm.config)
-    if reason:
-        raise UserError(f'model.padding_free: found true, but {reason}; expected false')
+    config = causal_lm.config
+    if config._attn_implementation not in ('sdpa', ATTENTION):
+        raise UserError(
+            f'model.padding_free: found true, but its attn_implementation is {config._attn_implementation}, not sdpa; '
+            'expected false'
+        )
     register()
-    causal_lm.config._attn_implementation = ATTENTION
+    config._attn_implementation = ATTENTION
+    with running(causal_lm, type(causal_lm).__name__) as runs:
+        if not runs:
+            return _window(config)
+        error = _error(causal_lm)
+        if error is not None:
+            config._attn_implementation = 'sdpa'
+            raise UserError(
+                f'model.padding_free: found true, but {error} where rows of a {config.model_type} run together; '
+                'expected false'
+            )
+        longest = _window(config)
+        with _short_windows(causal_lm):
+            return None if _error(causal_lm) is None else longest
 
 
-def fits(config: PretrainedConfig, attention_mask: Tensor) -> bool:
-    """Whether no row of ``attention_mask`` [B, S] is longer than the window that the decoder's attention sees."""
-    window = getattr(config, 'sliding_window', None)
-    return window is None or int(attention_mask.sum(1).max()) <= window
+def _error(causal_lm: PreTrainedModel) -> str | None:
+    """What is wrong with states of rows that run together; None if they are those of the rows alone."""
+    ids, mask = (rows[:3] for rows in probe_rows(causal_lm))  # not the one that is padded on the left
+    decoder = decoder_of(causal_lm)
+    alone = heads.last_hidden_state(decoder, ids, mask)
+    try:
+        together = last_hidden_state(decoder, ids, mask)
+    except Exception as error:
+        return f'{type(error).__name__} is raised'
+    real = mask.bool()
+    far = distance(together[real].float(), alone[real].float(), alone[0].float())
+    return None if far <= tolerance(alone) else 'the states differ'
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    """The tokens that an attention layer sees, by the config; ``None`` for all."""
+    return min((size for name in _WINDOWS if (size := getattr(config, name, None))), default=None)
+
+
+@contextmanager
+def _short_windows(causal_lm: PreTrainedModel) -> Iterator[None]:
+    """Windows that are shorter than the rows of the probe, in the config and in the layers; then as they were."""
+    places = [(place, name) for place in (causal_lm.config, *causal_lm.modules()) for name in _WINDOWS]
+    before = [(*place, size) for place in places if isinstance(size := getattr(*place, None), int)]
+    for place, name, _ in before:
+        setattr(place, name, _SHORT)
+    try:
+        yield
+    finally:
+        for place, name, size in before:
+            setattr(place, name, size)
 
 
 def last_hidden_state(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """[B, S, H] states of a decoder, after the final norm; 0 where ``attention_mask`` [B, S] is 0."""
+    """Compute [B, S, H] states of a decoder, after the final norm; 0 where ``attention_mask`` [B, S] is 0."""
     real = attention_mask.bool()
     lengths = real.sum(1)
     positions = (attention_mask.cumsum(-1) - 1)[real]

@@ -1,15 +1,11 @@
 """The algorithm in Composer: its events, its log, and gradients that no cut of the batch changes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
-from composer.core import Event
+from composer.core import Callback, Event
 from composer.loggers import Logger
 from composer.models import HuggingFaceModel
 from composer.optim import (
@@ -19,15 +15,14 @@ from composer.optim import (
     MultiStepScheduler,
     StepScheduler,
 )
-from stock import stock_classifier
+from forks import run_ranks
+from gradients import CASES, WEIGHTED, case_gradients, fit, rows_of
+from stock import fit as fit_stock
+from stock import stock_classifier, tokenised
 from tiny import LABELS, VOCAB, exact, relative_error, tiny_classifier, tiny_lm, tiny_tokenizer, triplet, triplets
 
-from dhrd_plugin import AuxiliaryReasoningLoss, TripletCollator
+from dhrd_plugin import AuxiliaryReasoningLoss, RationaleCollator, TripletCollator
 from dhrd_plugin.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from gradients import CASES, WEIGHTED, case_gradients, fit, weighted_triplets
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -51,9 +46,7 @@ def one_process():
 def two_ranks(root, tmp_path_factory):
     """Gradients of both ranks, of all cases, from one launch."""
     out = tmp_path_factory.mktemp('ranks')
-    command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', 'tests/algorithms/gradients.py', str(out)]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
+    done = run_ranks(2, 'tests/gradients.py', out, cwd=root)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return [torch.load(out / f'rank{rank}.pt', weights_only=True) for rank in (0, 1)]
 
@@ -72,7 +65,7 @@ def test_the_gradients_are_the_references(case, one_process):
         exact(model)
     pooling = options.get('pooling', 'last')
     weights = {**weights, 'pooling': pooling, 'weighted': WEIGHTED.get(case)}
-    loss = reference.total_loss(model.network, weighted_triplets(), VOCAB, LABELS, **weights)
+    loss = reference.total_loss(model.network, rows_of(case), VOCAB, LABELS, **weights)
     expected = {f'model.{name}': grad for name, grad in reference.gradients(loss, model.network).items()}
     assert relative_error(one_process[case][0], expected) <= tolerance(case)
 
@@ -138,6 +131,40 @@ def test_the_schedule_is_followed_exactly(schedule, expected):
     assert len(series(log, 'loss/train/total')) == 5
 
 
+@pytest.mark.parametrize(
+    ('schedule', 'expected'),
+    [
+        (LinearScheduler(1.0, 0.0, t_max='4ba'), [1, 0.875, 0.75, 0.625, 0.5, 0.375]),  # half as steep
+        (LinearScheduler(1.0, 0.0), [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),  # of the duration, which is stretched
+        (StepScheduler('2ba', gamma=0.5), [1, 1, 1, 1, 0.5, 0.5]),
+    ],
+    ids=['batches', 'duration', 'steps'],
+)
+def test_the_trainers_ratio_stretches_the_schedule_with_that_of_the_learning_rate(schedule, expected):
+    options = {'schedulers': schedule, 'scale_schedule_ratio': 2.0, 'batches': 3, 'callbacks': [rates := Rates()]}
+    _, log, _ = fit(tiny_classifier(), [AuxiliaryReasoningLoss(schedule=schedule)], **options)
+    assert series(log, 'dhrd/alpha') == pytest.approx(expected)
+    late = [expected[0], *expected[:-1]]  # Composer sets the rate before it counts the batch
+    assert rates.seen == pytest.approx([0.01 * factor for factor in late])
+
+
+def test_a_schedule_that_takes_no_ratio_is_refused_with_one():
+    options = {'schedulers': LinearScheduler(), 'scale_schedule_ratio': 2.0}
+    fit(tiny_classifier(), [AuxiliaryReasoningLoss(schedule=lambda state: 0.5)])
+    with pytest.raises(UserError, match=r'takes no ratio, with scale_schedule_ratio=2.0; expected a schedule of'):
+        fit(tiny_classifier(), [AuxiliaryReasoningLoss(schedule=lambda state: 0.5)], **options)
+
+
+class Rates(Callback):
+    """The learning rate of each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def batch_start(self, state, logger):
+        self.seen.append(state.optimizers[0].param_groups[0]['lr'])
+
+
 @pytest.mark.parametrize(('weighted', 'both'), [('reasoning', False), ('both', True)])
 def test_a_row_of_weight_2_counts_twice_and_one_of_weight_0_not_at_all(weighted, both):
     rows = [{**row, 'weight': weight} for row, weight in zip(triplets(4), (2.0, 1.0, 1.0, 0.0))]
@@ -156,7 +183,7 @@ def test_one_microbatch_by_hand():
     """BEFORE_FORWARD asks, AFTER_LOSS adds; the caller's batch is left as it was."""
     model = tiny_classifier()
     batch = TripletCollator(tiny_tokenizer(), LABELS)(triplets(4))
-    state, timestamp = SimpleNamespace(batch=batch, model=model), SimpleNamespace(batch=0)
+    state, timestamp = SimpleNamespace(batch=batch, model=model, dataloader=None), SimpleNamespace(batch=0)
     state.timestamp = timestamp
     algorithm, logger = AuxiliaryReasoningLoss(alpha=0.5, beta=3.0), Logger(state)  # pyright: ignore
     keys = set(batch)
@@ -213,12 +240,23 @@ def test_two_instances_are_refused():
         fit(tiny_classifier(), [AuxiliaryReasoningLoss(), AuxiliaryReasoningLoss(alpha=2.0)])
 
 
-def test_weights_of_a_classification_loss_that_takes_none_are_refused():
+def test_a_collator_that_names_other_classes_is_refused():
+    collate = RationaleCollator(tiny_tokenizer(), [*LABELS, 'more'])
+    with pytest.raises(
+        UserError, match=r"label_names: found \['yes', .*, 'more'\] in the collator; .* each of 3 classes"
+    ):
+        fit_stock(stock_classifier(), [AuxiliaryReasoningLoss()], tokenised(), collate)
+
+
+def test_weights_and_probabilities_of_a_classification_loss_that_takes_none_are_refused():
     options = {'rows': triplets(8), 'batches': 1}
     _, log, _ = fit(stock_classifier(), [AuxiliaryReasoningLoss()], weights='reasoning', **options)
     assert len(series(log, 'loss/train/reasoning')) == 1
     with pytest.raises(UserError, match=r"weights: found 'both' with a model of type HuggingFaceModel.*'reasoning'$"):
         fit(stock_classifier(), [AuxiliaryReasoningLoss()], weights='both', **options)
+    options['rows'] = rows_of('soft')
+    with pytest.raises(UserError, match=r'probabilities: found with a model of type HuggingFaceModel.* rows without$'):
+        fit(stock_classifier(), [AuxiliaryReasoningLoss()], **options)
 
 
 def test_a_model_without_classes_is_refused():

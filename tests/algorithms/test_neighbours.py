@@ -114,9 +114,14 @@ def test_the_export_holds_the_averaged_weights_of_ema(tmp_path, saves):
     options = {'save_folder': str(tmp_path / 'saved'), 'save_interval': '1ba'} if saves else {}
     watch, callback = Weights(), DropReasoningHead(str(tmp_path / 'slim'))
     build(
-        stock_classifier(), [AuxiliaryReasoningLoss(), neighbour], tokenised(), collator(),
-        batches=3, callbacks=[watch, callback], **options,
-    )[0].fit()  # fmt: skip
+        stock_classifier(),
+        [AuxiliaryReasoningLoss(), neighbour],
+        tokenised(),
+        collator(),
+        batches=3,
+        callbacks=[watch, callback],
+        **options,
+    )[0].fit()
     expected = watch.weights[0]['model.score.weight']
     for later in watch.weights:
         expected = (expected + later['model.score.weight']) / 2

@@ -5,17 +5,19 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from benchmarks import data, fits
+from benchmarks.material import build_classifier
+from benchmarks.options import Options
+from benchmarks.reading import Place, load_bare, load_ours, read_epoch, write_bare
+from benchmarks.table import render
 from composer import DataSpec
 from composer.core import Event
 from streaming import LocalDataset
-from tiny import LABELS, tiny_lm, tiny_tokenizer, triplets
+from tiny import LABELS, tiny_tokenizer, triplets
 from torch.utils.data import DataLoader
 
-from dhrd_plugin.benchmarks import data, fits
-from dhrd_plugin.benchmarks.options import Options
-from dhrd_plugin.benchmarks.reading import Place, load_bare, load_ours, read_epoch, write_bare
-from dhrd_plugin.benchmarks.table import render
-from dhrd_plugin.data.collation import TripletCollator, triplet_data_spec
+from dhrd_plugin.data.collator import TripletCollator
+from dhrd_plugin.data.data_spec import triplet_data_spec
 from dhrd_plugin.data.shards import write_triplets
 from dhrd_plugin.data.tasks import load_task
 
@@ -25,13 +27,10 @@ ROWS = triplets(24)
 COUNTS = Counter(row['id'] for row in ROWS)
 
 
-@pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    """A folder with a tiny model and its tokenizer."""
-    folder = tmp_path_factory.mktemp('model')
-    tiny_lm().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+@pytest.fixture
+def model(model_folder):
+    """As the command line names it."""
+    return str(model_folder)
 
 
 @pytest.fixture(params=['disk', 's3'])
@@ -105,7 +104,7 @@ def test_the_clock_tells_waiting_from_work(seconds):
 
 def test_a_loader_that_dawdles_is_waited_for(model):
     lm, tokenizer = data.load_backbone(Options(model=model))
-    classifier = fits.build_classifier(lm, tokenizer, load_task('rte'))
+    classifier = build_classifier(lm, tokenizer, load_task('rte'))
     before = {name: value.clone() for name, value in classifier.named_parameters()}
     collate = TripletCollator(tokenizer, ['entailment', 'not_entailment'])
 

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks import infer
+from benchmarks import main as benchmark
+from benchmarks.table import make_row
 from configs import TASK
 from reference import row_losses
 from tiny import LABELS, VOCAB, tiny_lm, tiny_tokenizer, triplets
 
-from dhrd_plugin import benchmark
-from dhrd_plugin.benchmarks import infer
-from dhrd_plugin.benchmarks.table import make_row
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.models.network import DualHeadNetwork
 

@@ -1,16 +1,18 @@
 """Repetitions take turns, ratios are of one round, the peak is the peak, and a bar that is missed shows."""
 
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-from dhrd_plugin import benchmark
-from dhrd_plugin.benchmarks.measure import describe_machine, interleave, peak_memory, percentile, quartiles, ratios
-from dhrd_plugin.benchmarks.options import Options
-from dhrd_plugin.benchmarks.table import make_report, make_row, render
+from benchmarks import main as benchmark
+from benchmarks.measure import describe_machine, interleave, peak_memory, percentile, quartiles, ratios
+from benchmarks.options import Options
+from benchmarks.table import _number, make_report, make_row, render
 
 
 def test_repetitions_take_turns():
@@ -90,7 +92,7 @@ def asked(monkeypatch):
     """What the benchmark ``infer`` was asked for; it measures nothing."""
     found: list[Options] = []
     stand_in = SimpleNamespace(run=lambda options: found.append(options) or make_report('infer', {}, []))
-    monkeypatch.setitem(sys.modules, 'dhrd_plugin.benchmarks.infer', stand_in)
+    monkeypatch.setitem(sys.modules, 'benchmarks.infer', stand_in)
     return found
 
 
@@ -103,7 +105,36 @@ def test_the_command_hands_on_its_options_and_writes_the_report(asked, tmp_path,
 
 
 @pytest.mark.parametrize('arguments', [['infer', '--layers', '-1'], ['infer', '--rows', 'many'], ['guess'], []])
-def test_the_command_refuses_what_it_does_not_know(arguments):
-    with pytest.raises(SystemExit) as stopped:
-        benchmark.main(arguments)
-    assert stopped.value.code == 2
+def test_the_command_refuses_what_it_does_not_know(arguments, capsys):
+    assert benchmark.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: ') and line.endswith('see benchmark.py --help')
+
+
+README = Path(benchmark.__file__).parent / 'README.md'
+
+
+def test_the_commands_of_the_readme_are_right():
+    """Each is understood, and those that write a report write one that lies there."""
+    commands = re.findall(r'python scripts/benchmark.py (.*)', README.read_text().replace('\\\n', ''))
+    assert {command.split()[0] for command in commands} == set(benchmark.VERBS)
+    for command in commands:
+        options = benchmark._parse(shlex.split(command, comments=True))
+        assert options.output is None or (README.parents[2] / options.output).is_file()
+
+
+def test_the_figures_of_the_readme_are_those_of_the_reports():
+    reports = [json.loads(path.read_text()) for path in (README.parent / 'results').glob('*.json')]
+    rows = [row for report in reports for row in report['rows'] if row['repetitions']]
+    pairs = [(row['median'], row['spread']) for row in rows]
+    pairs += [(row['ratio'], row['ratio_spread']) for row in rows if 'ratio' in row]
+    found = {f'{_number(median)} ({_number(low)} to {_number(high)})' for median, (low, high) in pairs}
+    found |= {_number(median) for median, _ in pairs}
+    said = [re.sub(' [x%]', '', text) for text in re.findall(r'\*\*([-0-9].*?)\*\*', README.read_text())]
+    assert len(said) >= 15 and set(said) <= found
+
+
+def test_the_readme_is_short_and_its_links_are_there():
+    text = README.read_text()
+    assert len(text.encode()) <= 9 * 1024
+    assert all((README.parent / link).exists() for link in re.findall(r'\]\(((?!http)[^)#]+)\)', text))

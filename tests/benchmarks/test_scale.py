@@ -1,18 +1,22 @@
-"""The benchmark of scale at toy size: power laws are found, sizes are those stated, the paper's figures are right."""
+"""The benchmark of scale at toy size: power laws are found, and sizes are those stated."""
 
 import json
+import math
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks import main as benchmark
+from benchmarks import rank_step, scale, scale_lengths, scale_rows, scale_vocabulary, steps
+from benchmarks.power import exponent, growth_rows
 from configs import TASK
+from forks import Popen
 from streaming import StreamingDataset
+from streaming.base.world import World
 from tiny import tiny_lm, tiny_tokenizer, triplet, triplets
 
-from dhrd_plugin import benchmark, write_triplets
-from dhrd_plugin.benchmarks import estimate, rank_step, scale, scale_lengths, scale_rows, scale_vocabulary, steps
-from dhrd_plugin.benchmarks.estimate import Cluster, Model, Rows
-from dhrd_plugin.benchmarks.power import exponent, growth_rows
+from dhrd_plugin import write_triplets
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError
 
@@ -29,8 +33,9 @@ def test_each_repetition_has_its_exponent_and_its_ratio():
     costs = {'small': [1.0, 1.0, 2.0], 'large': [10.0, 100.0, 2.0]}
     *rows, last = growth_rows('a thing', 's', costs, 'rows', [1, 10], '1')
     assert [(row['what'], row['ratio'], row['against']) for row in rows] == [
-        ('a thing, small', 1.0, 'small'), ('a thing, large', 10.0, 'small')
-    ]  # fmt: skip
+        ('a thing, small', 1.0, 'small'),
+        ('a thing, large', 10.0, 'small'),
+    ]
     assert (last['what'], last['median']) == ('a thing: exponent over rows', pytest.approx(1.0))
     assert last['spread'] == [pytest.approx(0.5), pytest.approx(1.5)]
     others = {'small': [2.0] * 3, 'large': [5.0] * 3}
@@ -80,52 +85,14 @@ def test_both_losses_have_the_same_gradients(monkeypatch):
 
 @pytest.mark.parametrize(('rows', 'batch', 'workers'), [(1000, 4, 1), (1001, 8, 3), (64, 1, 1)])
 def test_the_order_is_as_large_as_is_said(rows, batch, workers, tmp_path):
-    cluster = Cluster(nodes=2, ranks_per_node=3, batch=batch)
+    """By the formula of the README's figures on paper."""
     write_triplets(triplets(50), tmp_path / 'set')
-    work = scale_rows.order(tmp_path / 'set', cluster, rows)
-    method, dataset, world, *rest = work.args
-    assert isinstance(dataset, StreamingDataset)
-    world = type(world)(2, 3, workers, 0)
-    found = work.func(method, dataset, world, *rest)
-    assert found.nbytes == estimate.order_bytes(rows, cluster, workers)
+    work = scale_rows.order(tmp_path / 'set', World(2, 3, workers, 0), batch, rows)
+    assert isinstance(work.args[1], StreamingDataset)
+    found = work()
+    by_rank = math.ceil(math.ceil(rows / 2) / 3)
+    assert found.nbytes == 8 * 6 * math.ceil(by_rank / (workers * batch)) * workers * batch
     assert set(found.flatten().tolist()) - {-1} == set(range(50))
-
-
-# --------------------------------------------------------------------------------------------- paper
-
-MODEL = Model('made', parameters=1000, block=200, root=100, adapters=10, frozen=990, vocabulary=50)
-
-
-def test_what_a_rank_holds_and_moves():
-    assert estimate.held(MODEL, 2) == {
-        'DDP': 20 * 1000, 'FSDP': 16 * 500 + 2 * (100 + 400), 'LoRA, DDP': 4 * 990 + 20 * 10
-    }  # fmt: skip
-    # Of two ranks each sends the other half of its gradients, then its half of the sum.
-    assert estimate.moved(MODEL, 2) == {'DDP': 4 * 1000, 'FSDP': (2 + 2 + 4) * 500, 'LoRA, DDP': 4 * 10}
-    assert estimate.moved(MODEL, 1) == {'DDP': 0, 'FSDP': 0, 'LoRA, DDP': 0}
-    assert estimate.logits(MODEL, 1024) == {'full': 4 * 1024 * 50, 'chunked': 6 * 256 * 50}
-    assert estimate.logits(MODEL, 10)['chunked'] == 6 * 10 * 50
-
-
-def test_what_a_set_asks_for():
-    rows = Rows(count=1001, tokens=36, supervised=30, size=100, per_shard=10, entry=70)
-    cluster = Cluster(nodes=2, ranks_per_node=1, batch=10)
-    assert estimate.stream(rows, cluster) == {
-        'shards': 101, 'set': 100100, 'node': 50050, 'index': 7070, 'order': 8 * 2 * 510, 'rank': 8 * 510
-    }  # fmt: skip
-    assert estimate.epoch_hours(rows, cluster, 10.01) == pytest.approx(0.5)
-
-
-def test_parameters_are_counted():
-    lm = tiny_lm(tied=True)
-    found = estimate.count_parameters('tiny', lm.config)
-    block = sum(weight.numel() for weight in lm.model.layers[0].parameters())
-    head = 16 * 16 + 16 + 16 * 2 + 2
-    outside = lm.model.embed_tokens.weight.numel() + 16 + head
-    assert (found.parameters, found.block, found.root) == (2 * block + outside, block, outside)
-    shapes = [weight.shape for name, weight in lm.model.layers.named_parameters() if 'proj' in name]
-    assert found.adapters == 16 * sum(sum(shape) for shape in shapes) + head
-    assert found.frozen == found.parameters - head
 
 
 # ---------------------------------------------------------------------------------------------- verb
@@ -152,6 +119,7 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('DHRD_CACHE', str(folder / 'caches'))
         patch.setattr(scale, 'launch', launch)
+        patch.setattr(subprocess, 'Popen', Popen)  # which forks the ranks
         patch.setattr(scale, 'RANK_STEPS', 2)
         patch.setattr(scale_rows, 'EPOCHS', (10**3, 10**4))
         patch.setattr(scale_lengths, 'LENGTHS', (0, 5, 9))
@@ -161,23 +129,29 @@ def ran(tmp_path_factory):
     return SimpleNamespace(report=json.loads(out.read_text()), launches=launches)
 
 
-def test_the_verb_measures_and_computes_everything(ran):
+def test_the_verb_measures_everything(ran):
     rows = {row['what']: row for row in ran.report['rows']}
     sizes = ('16 rows', '160 rows', '1,600 rows')
-    for what in ('writing', 'on disk', 'opening, to the first batch', 'checking all shards',
-                 'reading 8 rows, collated', 'resident memory, growth'):  # fmt: skip
+    for what in (
+        'writing',
+        'on disk',
+        'opening, to the first batch',
+        'checking all shards',
+        'reading 8 rows, collated',
+        'resident memory, growth',
+    ):
         assert all(rows[f'{what}, {size}']['median'] > 0 for size in sizes)
         assert rows[f'{what}: exponent over rows']['note'].startswith('expected')
     assert rows['on disk: exponent over rows']['median'] == pytest.approx(1, abs=0.1)
     for what, over in (
-        ('order of an epoch', 'rows'), ('step of 2 rows', 'real tokens'),
-        ('reasoning loss of 1,024 tokens', 'words'), ('reasoning loss of 1,024 tokens, extra peak memory', 'words'),
-    ):  # fmt: skip
+        ('order of an epoch', 'rows'),
+        ('step of 2 rows', 'real tokens'),
+        ('reasoning loss of 1,024 tokens', 'words'),
+        ('reasoning loss of 1,024 tokens, extra peak memory', 'words'),
+    ):
         assert f'{what}: exponent over {over}' in rows
     assert all(f'a real token of it, rationale of {length} tokens' in rows for length in (0, 5, 9))
     assert rows['weak scaling, efficiency at 2 ranks']['median'] > 0
-    assert rows['on paper, Qwen3-8B, a rank holds, DDP']['median'] == pytest.approx(20 * 8.2e9 / 2**30, rel=0.01)
-    assert sum(what.startswith('on paper, ') for what in rows) == 9 + 2 * 8
     assert all(row['repetitions'] for row in rows.values())
 
 
@@ -198,24 +172,28 @@ def test_a_launch_that_fails_leaves_a_gap_with_its_reason(monkeypatch):
     monkeypatch.setattr(scale, 'launch', fail)
     rows = scale.rank_rows({'rows': [1, 2]}, 1, None)
     assert [(row['what'], row['median']) for row in rows] == [
-        ('step, 1 rank of 2 rows', None), ('step, 2 ranks of 2 rows', None)
-    ]  # fmt: skip
+        ('step, 1 rank of 2 rows', None),
+        ('step, 2 ranks of 2 rows', None),
+    ]
     assert rows[1]['note'] == 'RuntimeError: no second GPU'
 
 
 @pytest.mark.parametrize(
     ('said', 'reason'),
     [
-        ('Traceback\nValueError: one\ntorch.cuda.OutOfMemoryError: two\n---End---\nERROR:composer:Rank 0 crashed\n',
-         'torch.cuda.OutOfMemoryError: two'),
+        (
+            'Traceback\nValueError: one\ntorch.cuda.OutOfMemoryError: two\n---End---\nERROR:composer:Rank 0 crashed\n',
+            'torch.cuda.OutOfMemoryError: two',
+        ),
         ('error: model: cannot load\nGlobal rank 0 exited\n', 'error: model: cannot load'),
         ('Killed\n', 'exit status 1'),
     ],
-)  # fmt: skip
+)
 def test_the_reason_is_the_last_error(said, reason):
     assert rank_step._reason(said, 1) == reason
 
 
 def test_too_few_rows_are_refused(capsys, model_folder):
     assert benchmark.main(['scale', '--model', str(model_folder), '--rows', '100']) == 2
-    assert capsys.readouterr().err == 'error: rows: found 100; expected 1600 or more\n'
+    # transformers 5 shows bars of the tiny model before.
+    assert capsys.readouterr().err.splitlines()[-1] == 'error: rows: found 100; expected 1600 or more'

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from benchmarks import main as benchmark
+from benchmarks import memory, steps, train
+from benchmarks.steps import ThroughComposer
 from configs import TASK
 from reference import gradients, total_loss
 from tiny import LABELS, VOCAB, exact, relative_error, tiny_lm, tiny_tokenizer, triplet
 
-from dhrd_plugin import benchmark
-from dhrd_plugin.benchmarks import memory, steps, train
-from dhrd_plugin.benchmarks.steps import ThroughComposer
 from dhrd_plugin.data.tasks import load_task
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -145,9 +145,12 @@ def test_the_verb_measures_every_bar(model_folder, tmp_path, monkeypatch, capsys
     for layout in ('ours', 'ours, padding_free'):
         assert ('<= 1.05', f'{layout}, bare loop') in bars
     for bar, against, times in (
-        ('>= 10', 'two passes at 512', 2), ('<= 1.15', floor, 2), ('>= 1', 'AutoModel', 2), ('>= 1.2', 'AutoModel', 2),
+        ('>= 10', 'two passes at 512', 2),
+        ('<= 1.15', floor, 2),
+        ('>= 1', 'AutoModel', 2),
+        ('>= 1.2', 'AutoModel', 2),
         ('<= 0.25', 'fp32 logits alone', 1),
-    ):  # fmt: skip
+    ):
         assert bars.count((bar, against)) == times
     assert all(row['median'] is not None for row in report['rows'])
     assert 'real tokens' in capsys.readouterr().out

@@ -1,23 +1,23 @@
 """The export at the fit's end leaves the run as it was, and a failed one leaves nothing."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import hub_server
 import pytest
 import torch
 from composer import Callback, Trainer
+from composer.loggers import FileLogger
 from composer.models import HuggingFaceModel
+from forks import run_ranks
 from huggingface_hub import ModelCard
 from tiny import LABELS, tiny_classifier, tiny_lm, tiny_tokenizer, triplets
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from dhrd_plugin import AuxiliaryReasoningLoss, DropReasoningHead, TripletCollator
-from dhrd_plugin.data.collation import triplet_data_spec
+from dhrd_plugin.data.data_spec import triplet_data_spec
 from dhrd_plugin.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -88,23 +88,72 @@ def test_the_export_changes_no_later_step(tmp_path):
 
 def test_a_failing_write_ends_the_run_and_leaves_nothing(tmp_path):
     (tmp_path / 'file').write_text('not a folder')
-    with pytest.raises(UserError, match=r'file/\.slim.*: Not a directory'):
+    with pytest.raises(UserError, match=r'output_dir: .*/file/slim: .*/file is a file; expected a folder'):
         build(tiny_classifier(), DropReasoningHead(str(tmp_path / 'file' / 'slim'))).fit()
     assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
-@pytest.mark.parametrize('step', ['save_torch_state_dict', 'replace_folder', '_write_tokenizer'])
+class Trained(Callback):
+    """Whether a batch was trained."""
+
+    yes = False
+
+    def batch_start(self, state, logger):
+        self.yes = True
+
+
+@pytest.mark.parametrize(
+    ('target', 'message'),
+    [
+        ('docs', 'docs: holds mine, which is no part of an export'),
+        ('docs/{run_name}', 'docs/mine: holds notes.txt, which is no part of an export'),
+        ('ckpt', 'ckpt: is save_folder'),
+        ('work', 'work: holds the log'),
+        ('file', 'file: found a file; expected a folder'),
+    ],
+)
+def test_in_any_pipeline_a_target_is_looked_at_before_training(tmp_path, target, message):
+    for path in ('docs/thesis.tex', 'docs/mine/notes.txt', 'file'):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text('mine')
+    trained = Trained()
+    trainer = build(
+        tiny_classifier(),
+        DropReasoningHead(str(tmp_path / target)),
+        trained,
+        run_name='mine',
+        save_folder=str(tmp_path / 'ckpt'),
+        loggers=FileLogger(str(tmp_path / 'work' / 'log.txt'), capture_stdout=False, capture_stderr=False),
+    )
+    with pytest.raises(UserError, match=f'drop_reasoning_head.output_dir: {tmp_path}/{message}'):
+        trainer.fit()
+    assert not trained.yes
+    assert [(tmp_path / path).read_text() for path in ('docs/thesis.tex', 'docs/mine/notes.txt', 'file')] == 3 * [
+        'mine'
+    ]
+
+
+def test_a_target_that_names_the_time_is_looked_at_when_it_is_written(tmp_path):
+    (tmp_path / 'ba2').mkdir()
+    (tmp_path / 'ba2' / 'notes.txt').write_text('mine')
+    with pytest.raises(UserError, match=r'ba2: holds notes\.txt, which is no part of an export'):
+        build(tiny_classifier(), DropReasoningHead(str(tmp_path / 'ba{batch}'))).fit()
+    assert [path.name for path in (tmp_path / 'ba2').iterdir()] == ['notes.txt']
+    assert [path.name for path in tmp_path.iterdir()] == ['ba2']
+
+
+@pytest.mark.parametrize('step', ['save_torch_state_dict', 'replace_folder', '_write_model'])
 def test_a_failing_write_leaves_the_older_export_intact(tmp_path, monkeypatch, step):
     out = tmp_path / 'slim'
-    build(tiny_classifier(head='linear'), DropReasoningHead(str(out))).fit()
+    build(tiny_classifier(tiny_tokenizer(apart=True), head='linear'), DropReasoningHead(str(out))).fit()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def full(*args, **kwargs):
         raise OSError('No space left on device')
 
-    monkeypatch.setattr(f'dhrd_plugin.models.export.{step}', full)
+    monkeypatch.setattr(f'dhrd_plugin.export.write.{step}', full)
     with pytest.raises(UserError, match='No space left on device'):
-        build(tiny_classifier(head='linear', seed=1), DropReasoningHead(str(out))).fit()
+        build(tiny_classifier(tiny_tokenizer(apart=True), head='linear', seed=1), DropReasoningHead(str(out))).fit()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ['slim']
     AutoModelForSequenceClassification.from_pretrained(out)
@@ -115,9 +164,14 @@ def test_an_unknown_dtype_or_another_model_is_refused(tmp_path):
         DropReasoningHead(str(tmp_path), dtype='int4')
     model = HuggingFaceModel(tiny_lm(), tiny_tokenizer(), shift_labels=True)
     collator = TripletCollator(tiny_tokenizer(), LABELS)
-    rows = DataLoader(triplets(8), 4, collate_fn=lambda rows: {
-        key: value for key, value in collator(rows).items() if key in ('input_ids', 'attention_mask')
-    } | {'labels': collator(rows)['input_ids']})  # fmt: skip
+    rows = DataLoader(
+        triplets(8),
+        4,
+        collate_fn=lambda rows: (
+            {key: value for key, value in collator(rows).items() if key in ('input_ids', 'attention_mask')}
+            | {'labels': collator(rows)['input_ids']}
+        ),
+    )
     trainer = Trainer(
         model=model,
         train_dataloader=rows,
@@ -136,7 +190,7 @@ def files_of(folder):
 
 def test_every_exports_on_the_way_too(tmp_path):
     out = str(tmp_path / 'slim' / 'ba{batch}')
-    trainer = build(tiny_classifier(head='linear'), DropReasoningHead(out, every='1ba'))
+    trainer = build(tiny_classifier(tiny_tokenizer(apart=True), head='linear'), DropReasoningHead(out, every='1ba'))
     trainer.fit(duration='3ba')
     assert sorted(path.name for path in (tmp_path / 'slim').iterdir()) == ['ba1', 'ba2', 'ba3']
     weights = {files_of(path)['model.safetensors'] for path in (tmp_path / 'slim').iterdir()}
@@ -157,7 +211,15 @@ def test_the_card_tells_metrics_data_and_yaml(tmp_path):
     assert ModelCard(card).data.pipeline_tag == 'text-classification'
 
 
-def test_the_export_is_uploaded(tmp_path, s3):
+def test_the_card_tells_no_metrics_of_other_weights(tmp_path):
+    """Composer evaluates after 2 batches, and after the fit's end, which is at 3."""
+    trainer = build(tiny_classifier(), DropReasoningHead(str(tmp_path / '{batch}'), every='1ba'))
+    trainer.fit(duration='3ba')
+    found = {path.name: '## Evaluation' in (path / 'README.md').read_text() for path in tmp_path.iterdir()}
+    assert found == {'1': False, '2': True, '3': False}
+
+
+def test_the_export_is_uploaded(tmp_path, s3, uploads):
     remote = f'{s3.bucket}/exports/{{run_name}}/ba{{batch}}'
     callback = DropReasoningHead(str(tmp_path / 'slim'), remote=remote)
     trainer = build(tiny_classifier(), callback, run_name='first')
@@ -199,10 +261,7 @@ def test_a_hub_that_refuses_is_told_before_training(tmp_path, hub, monkeypatch):
 
 def test_on_two_ranks_a_failure_of_rank_0_ends_both_and_a_slow_one_neither(tmp_path):
     """The slow export takes longer than a collective may wait."""
-    script = Path(__file__).with_name('exports.py')
-    command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', str(script), str(tmp_path)]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = run_ranks(2, Path(__file__).parents[1] / 'exports.py', tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         found = json.loads((tmp_path / f'rank{rank}.json').read_text())
@@ -210,15 +269,16 @@ def test_on_two_ranks_a_failure_of_rank_0_ends_both_and_a_slow_one_neither(tmp_p
             'full': f'UserError: {tmp_path}/slim/model.safetensors: No space left on device',
             'broken': "RuntimeError: rank 0 failed: KeyError: 'weight'",
             'slow': 'done',
+            'gathered': [0, 10],
         }
 
 
 def test_a_full_disk_is_told_and_leaves_the_older_export(tmp_path, tmpfs):
     small_disk = tmpfs(tmp_path / 'disk', '200k')
     out = small_disk / 'slim'
-    build(tiny_classifier(head='linear'), DropReasoningHead(str(out))).fit()
+    build(tiny_classifier(tiny_tokenizer(apart=True), head='linear'), DropReasoningHead(str(out))).fit()
     before = files_of(out)
-    (small_disk / 'other').write_bytes(bytes(120_000))
+    (small_disk / 'other').write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
     with pytest.raises(UserError, match='No space left on device'):
-        build(tiny_classifier(head='linear', seed=1), DropReasoningHead(str(out))).fit()
+        build(tiny_classifier(tiny_tokenizer(apart=True), head='linear', seed=1), DropReasoningHead(str(out))).fit()
     assert files_of(out) == before and sorted(path.name for path in small_disk.iterdir()) == ['other', 'slim']

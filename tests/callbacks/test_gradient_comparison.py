@@ -1,10 +1,6 @@
 """The gradients of both losses, compared: against the reference, on any cut of the batch, and nothing else changes."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import reference
@@ -12,6 +8,9 @@ import torch
 from composer.algorithms import GradientClipping
 from composer.optim import LinearScheduler
 from composer.utils.parallelism import FSDP2Config
+from forks import run_ranks
+from gradient_runs import CASES, compared, lopsided, run_case
+from gradients import fit, weighted_triplets
 from stock import collator, stock_classifier, tokenised
 from stock import fit as fit_stock
 from tiny import LABELS, VOCAB, exact, tiny_classifier, triplet
@@ -19,11 +18,6 @@ from tiny import LABELS, VOCAB, exact, tiny_classifier, triplet
 from dhrd_plugin import AuxiliaryReasoningLoss, GradientComparison
 from dhrd_plugin.callbacks.gradient_comparison import compare_gradients
 from dhrd_plugin.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from gradient_runs import CASES, compared, lopsided, run_case
-from gradients import fit, weighted_triplets
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -58,10 +52,7 @@ def only_step(found):
 @pytest.fixture(scope='module')
 def two_ranks(root, tmp_path_factory):
     out = tmp_path_factory.mktemp('ranks')
-    script = 'tests/callbacks/gradient_runs.py'
-    command = [str(Path(sys.executable).parent / 'composer'), '-n', '2', script, str(out)]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
+    done = run_ranks(2, 'tests/gradient_runs.py', out, cwd=root)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return torch.load(out / 'rank0.pt', weights_only=True)
 
@@ -179,8 +170,9 @@ def test_what_cannot_work_is_refused(options, expected, monkeypatch):
 def test_the_yaml_is_refused_before_the_data(root, tmp_path, monkeypatch, key):
     from dhrd_plugin import load_config, train
 
-    monkeypatch.setattr('dhrd_plugin.training.check_fsdp', lambda config, on_gpu: None)
-    overrides = ['callbacks.gradient_comparison={interval: 1ba}', 'task=no_such_task', key, f'output_dir={tmp_path}']
+    monkeypatch.setattr('dhrd_plugin.training.checks.check_fsdp', lambda config, on_gpu: None)
+    monkeypatch.setattr('dhrd_plugin.training.run.find_streams', None)  # not called
+    overrides = ['callbacks.gradient_comparison={interval: 1ba}', key, f'output_dir={tmp_path}']
     with pytest.raises(UserError) as error:
         train(load_config(root / 'yamls' / 'rte.yaml', overrides))
     name = key.split('=')[0]

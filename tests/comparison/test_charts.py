@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from made import ARMS, TASKS, make
 
-from dhrd_plugin.comparison.charts import arm_styles
-from dhrd_plugin.comparison.curves import POINTS, draw_curves, thin
+from dhrd_plugin.comparison.charts import POINTS, arm_styles, draw_curves, thin
 from dhrd_plugin.comparison.results import read_results
 
 

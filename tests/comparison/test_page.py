@@ -1,5 +1,6 @@
 """The page of a comparison, as a browser shows it, and the Markdown beside it."""
 
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -78,6 +79,60 @@ def test_text_in_a_figure_lies_within_it_and_on_no_other(report, browser):
         }
         return found""")
     assert overlaps == []
+
+
+@pytest.fixture(scope='module')
+def two_sets(tmp_path_factory):
+    """Three tasks, two of them evaluated out of distribution too, where half of the answers are flipped."""
+    folder = make(tmp_path_factory.mktemp('two'), seeds=(17, 18), curves=False)
+    lines = [json.loads(text) for text in (folder / 'results.jsonl').read_text().splitlines()]
+    for found in [found for found in lines if found['task'] != 'cb']:
+        guesses = [guess if index % 2 else 0 for index, guess in enumerate(found['predictions'])]
+        again = [found[key] for key in ('task', 'arm', 'seed', 'labels')]
+        more = {'names': found['label_names'], 'metrics': found['task_metrics'], 'groups': found['groups']}
+        lines.append(line(*again, [0] * len(guesses) if found['arm'] == 'dhrd_1' else guesses, split='ood/far', **more))
+    (folder / 'results.jsonl').write_text(''.join(f'{json.dumps(found)}\n' for found in lines))
+    return folder, write_report(folder)
+
+
+def test_a_further_evaluation_set_has_its_own_tables_and_pictures(two_sets, browser, tmp_path):
+    folder, paths = two_sets
+    names = {path.name for path in paths} - {'report.html', 'report.md'}
+    assert names == {'scores.png', 'differences.png', 'scores-2-ood-far.png', 'differences-2-ood-far.png'}
+    look_at(browser, folder / 'report.html', 1100)
+    section = 'return [...document.querySelectorAll("section")].find(s => s.querySelector("h2").textContent == "{}").{}'
+    far = section.format('Evaluated on ood/far', 'innerText')
+    text = browser.execute_script(far)
+    assert 'No part of the averages.' in text and 'cb' not in text
+    assert browser.execute_script(section.format('Evaluated on ood/far', 'querySelectorAll("figure").length')) == 2
+    assert len(browser.execute_script(section.format('Evaluated on ood/far', 'innerText')).splitlines()) > 30
+    constant = re.search(r'Constant classifiers.*?dhrd_1\s+2 of 2\s+2 of 2\s', text, re.DOTALL)
+    assert constant and 'Constant classifiers' not in browser.execute_script(section.format('Scores', 'innerText'))
+    assert answer(folder).startswith('Compared with pooled, on average over cb, multirc and rte')
+
+
+def test_scores_stand_above_what_takes_no_classifier(two_sets):
+    text = (two_sets[0] / 'report.html').read_text()
+    rows = re.findall(r'<th scope="row">(?:majority|uniform) answer</th>(.*?)</tr>', text)
+    labels = {
+        task: next(
+            json.loads(found)['labels'] for found in (two_sets[0] / 'results.jsonl').open() if f'"{task}"' in found
+        )
+        for task in TASKS
+    }
+    most = {task: f'{100 * np.bincount(found).max() / len(found):.1f}' for task, found in labels.items()}
+    cells = [re.findall('<td>(.*?)</td>', row) for row in rows]
+    assert cells[0][:3] == [f'{most["cb"]}\xa0accuracy', f'{most["multirc"]}\xa0accuracy', most['rte']]
+    assert cells[1][:3] == ['33.3\xa0accuracy', '50.0\xa0accuracy', '50.0'] and len(cells) == 4
+    assert cells[2] == cells[0][1:3] and cells[3] == cells[1][1:3]
+
+
+def test_too_few_rows_are_named(tmp_path):
+    lines = [line('a', 'pooled', 1, [0, 1] * 20, [0, 1] * 15 + [1, 1] * 5)]
+    lines += [line('a', 'arm', 1, [0, 1] * 20, [0, 0] + [0, 1] * 15 + [0, 1, 1, 1, 1, 1, 1, 1])]
+    for text in reported(write(tmp_path, lines)):
+        assert 'a: 40 rows and 1 seed are too few to show a difference of the size seen, in points: arm' in text
+        assert 'Smallest difference that would be shown in 80 % of cases, in points' in text
 
 
 def test_the_page_is_one_file_with_tables_that_name_their_cells(report):

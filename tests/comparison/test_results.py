@@ -24,12 +24,7 @@ def test_tasks_arms_and_seeds_come_in_the_order_of_the_yaml(tmp_path):
 
 
 def test_missing_extra_and_repeated_cells_are_counted(tmp_path, lines):
-    plan = {
-        'baseline': 'pooled',
-        'tasks': {'a': {}, 'b': {}},
-        'arms': {'pooled': {}, 'arm': {}},
-        'seeds': [1],
-    }
+    plan = {'baseline': 'pooled', 'tasks': {'a': {}, 'b': {}}, 'arms': {'pooled': {}, 'arm': {}}, 'seeds': [1]}
     again = line('a', 'arm', 1, [0, 1, 1], [1, 1, 1])
     results = read_results(write(tmp_path, [*lines, again], plan))
     assert results.missing == [('b', 'pooled', 1), ('b', 'arm', 1)]

@@ -6,12 +6,22 @@ import numpy as np
 import pytest
 import torch
 from made import SKILL, TASKS, line, make, scores, write
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, power, ttest_1samp
 from sklearn.metrics import accuracy_score, f1_score
 
-from dhrd_plugin.comparison.resampling import cluster, count, measure, resample
 from dhrd_plugin.comparison.results import read_results
-from dhrd_plugin.comparison.statistics import analyse, mcnemar, sample, verdict
+from dhrd_plugin.comparison.statistics import (
+    Difference,
+    analyse,
+    chance,
+    cluster,
+    count,
+    is_constant,
+    mcnemar,
+    measure,
+    resample,
+    sample,
+)
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.metrics import build_metrics
 
@@ -76,7 +86,7 @@ def test_a_resample_scores_as_the_rows_that_it_drew(groups):
 def test_resamples_come_in_blocks_without_a_seam(monkeypatch):
     counts = np.random.default_rng(0).integers(9, size=(40, 3)).astype(float)
     whole = resample(counts, 100, np.random.default_rng(1))
-    monkeypatch.setattr('dhrd_plugin.comparison.resampling.BLOCK', 7 * 40)
+    monkeypatch.setattr('dhrd_plugin.comparison.statistics.BLOCK', 7 * 40)
     assert np.array_equal(resample(counts, 100, np.random.default_rng(1)), whole)
 
 
@@ -154,6 +164,78 @@ def test_no_effect_is_seldom_taken_for_one(tmp_path):
     assert wrong <= 0.1 * len(found)
 
 
+LOSS, ROWS = 0.1, 300  # the share of rows that the baseline alone has right, and how many rows there are
+
+
+def detectable(rows=ROWS, loss=LOSS):
+    """The difference that is 2.80 of its own standard errors, by steps."""
+    difference = 0.0
+    for _ in range(100):
+        difference = 2.8016 * ((2 * loss + difference - difference**2) / rows) ** 0.5
+    return difference
+
+
+def differing(rng, rows=ROWS, loss=LOSS):
+    """[N] 1 where the arm alone is right, -1 where the baseline alone is; the mean is the detectable difference."""
+    gain = loss + detectable(rows, loss)
+    return rng.choice([1, -1, 0], size=rows, p=[gain, loss, 1 - gain - loss])
+
+
+def compared(folder, seeds):
+    """The difference of an arm that has so many of the rows right; a row that differs is wrong for the other."""
+    lines = []
+    for seed, signs in enumerate(seeds):
+        for arm, wrong in (('pooled', signs > 0), ('arm', signs < 0)):
+            lines.append(line('a', arm, seed, [0, 1] * (len(signs) // 2), (np.arange(len(signs)) % 2 ^ wrong).tolist()))
+    return analyse(read_results(write(folder, lines)), 400).average_differences['arm']
+
+
+def test_the_detectable_difference_is_shown_as_often_as_it_says(tmp_path):
+    """By simulation, with one seed; and by scipy's own power of a paired test."""
+    rng = np.random.default_rng(0)
+    found = [compared(tmp_path, [differing(rng)]) for _ in range(150)]
+    assert np.mean([value.verdict == 'gain' for value in found]) == pytest.approx(0.8, abs=0.08)
+    assert np.mean([value.detectable for value in found]) == pytest.approx(detectable(), rel=0.03)
+    assert np.mean([value.value for value in found]) == pytest.approx(detectable(), rel=0.05)
+
+    def rvs(size):
+        return np.stack([differing(rng) for _ in range(size[0])])
+
+    test = lambda x, axis: ttest_1samp(x, 0, axis=axis).pvalue  # noqa: E731
+    assert power(test, rvs, ROWS, significance=0.05, n_resamples=2000).power == pytest.approx(0.8, abs=0.04)
+
+
+def test_with_several_seeds_it_is_shown_at_least_as_often(tmp_path):
+    """Seeds and rows that vary: the crossed resamples make the standard error no smaller than it is."""
+    rng, found = np.random.default_rng(1), []
+    for _ in range(60):
+        found.append(compared(tmp_path, [differing(rng) for _ in range(4)]))
+    largest = np.mean([value.detectable for value in found])
+    assert np.std([value.value for value in found]) * 2.8016 < largest < detectable()
+
+
+def test_the_detectable_difference_of_one_seed_is_mcnemars(tmp_path):
+    signs = differing(np.random.default_rng(2), 1000)
+    b, c, n = (signs < 0).sum(), (signs > 0).sum(), len(signs)
+    value = compared(tmp_path, [signs])
+    assert value.error == pytest.approx((b + c - (b - c) ** 2 / n) ** 0.5 / n, rel=0.1)
+    assert value.detectable == pytest.approx(2.8016 * value.error, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('value', 'low', 'error', 'expected'),
+    [(0.05, -0.02, 0.03, True), (0.08, 0.01, 0.03, False), (0.0, -0.1, 0.03, False), (0.0, 0.0, 0.0, False)],
+)
+def test_only_a_difference_that_is_seen_and_not_shown_wants_more_rows(value, low, error, expected):
+    assert Difference(value, low, 0.2, 1, error).too_small == expected
+
+
+def test_what_takes_no_classifier():
+    assert chance([0, 2, 2, 1, 2], 4) == (0.6, 0.25)
+    cells = [([1, 1, 1], [0, 1, 1]), ([1, 1, 1], [1, 1, 1]), ([0, 1, 1], [0, 1, 1])]
+    assert [is_constant({'predictions': p, 'labels': truth}) for p, truth in cells] == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ('low', 'high', 'expected'),
     [
@@ -167,7 +249,7 @@ def test_no_effect_is_seldom_taken_for_one(tmp_path):
     ],
 )
 def test_a_verdict_wants_an_interval_without_zero(low, high, expected):
-    assert verdict(low, high) == expected
+    assert Difference(0.0, low, high, 1).verdict == expected
 
 
 def test_questions_are_drawn_whole(tmp_path):

@@ -11,12 +11,13 @@ import pytest
 from real import COUNTS, CREAK
 from streaming import LocalDataset, StreamingDataset
 
-from dhrd_plugin.data.cache import machine_lock
-from dhrd_plugin.data.inspection import inspect_set
+from dhrd_plugin.data.controls import CONTROLS
+from dhrd_plugin.data.inspect import inspect_set
 from dhrd_plugin.data.prepare import main
-from dhrd_plugin.data.publish import publish
 from dhrd_plugin.data.shards import read_summary, write_triplets
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.streams.cache import machine_lock
+from dhrd_plugin.streams.publish import publish
 
 
 def files(folder):
@@ -28,8 +29,10 @@ def shards(folder):
 
 
 def write_rows(path, count=4, **change):
-    rows = [{'idx': i, 'premise': f'p{i}', 'hypothesis': f'h{i}', 'label': 'entailment', 'rationale': f'r{i}'}
-            for i in range(count)]  # fmt: skip
+    rows = [
+        {'idx': i, 'premise': f'p{i}', 'hypothesis': f'h{i}', 'label': 'entailment', 'rationale': f'r{i}'}
+        for i in range(count)
+    ]
     rows[-1].update(change)
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return path
@@ -48,8 +51,21 @@ def test_each_folder_gives_the_papers_row_counts(shared, tmp_path, name):
 
 def test_rte_with_its_rationales(shared, tmp_path, capsys):
     rationales = shared / 'rationales' / 'rte_train.jsonl'
-    assert run('--task', 'rte', '--input', shared / 'superglue' / 'RTE', '--split', 'train',
-               '--rationales', rationales, '--output', tmp_path / 'rte') == 0  # fmt: skip
+    assert (
+        run(
+            '--task',
+            'rte',
+            '--input',
+            shared / 'superglue' / 'RTE',
+            '--split',
+            'train',
+            '--rationales',
+            rationales,
+            '--output',
+            tmp_path / 'rte',
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert 'joined: 2,490 of 2,490 rationales, 0 match no row' in printed
     assert 'the rationale states the label in 1 rows: 1969' in printed
@@ -63,8 +79,10 @@ def test_creak_by_a_template_alone(shared, tmp_path):
     (tmp_path / 'creak.yaml').write_text(CREAK)
     for split, count in (('train', 10176), ('dev', 1371)):
         out = tmp_path / split
-        assert run('--template', tmp_path / 'creak.yaml', '--input', shared / 'creak', '--split', split,
-                   '--output', out) == 0  # fmt: skip
+        assert (
+            run('--template', tmp_path / 'creak.yaml', '--input', shared / 'creak', '--split', split, '--output', out)
+            == 0
+        )
         assert read_summary(out)['rows'] == count and read_summary(out)['without_rationale'] == 0
 
 
@@ -89,13 +107,15 @@ def test_tokens_and_cuts(tmp_path, capsys):
     assert summary['lengths']['sequence'] == {'50%': 14, '95%': 43, '100%': 43}
 
 
-@pytest.mark.parametrize('control', ['OnlyLabel', 'ShuffleReasoning', 'ShuffleReasoningLabel'])
+@pytest.mark.parametrize('control', CONTROLS[1:])
 def test_controls(tmp_path, control):
     data = write_rows(tmp_path / 'train.jsonl')
     assert run('--task', 'rte', '--input', data, '--output', tmp_path / 'out', '--control', control) == 0
     rationales = [row['rationale'] for row in LocalDataset(str(tmp_path / 'out'))]
     if control == 'OnlyLabel':
         assert rationales == [''] * 4
+    elif control == 'ShuffleTokens':
+        assert rationales == [f'r{index}' for index in range(4)]  # of one word
     else:
         assert all(rationale != f'r{index}' for index, rationale in enumerate(rationales))
     assert read_summary(tmp_path / 'out')['control'] == control
@@ -112,8 +132,21 @@ def test_unlabelled_rows_where_they_are_asked_for(tmp_path, capsys):
 
 def test_compression_and_hashes(tmp_path):
     data = write_rows(tmp_path / 'train.jsonl')
-    assert run('--task', 'rte', '--input', data, '--output', tmp_path / 'out', '--compression', 'zstd:3',
-               '--hashes', 'xxh128') == 0  # fmt: skip
+    assert (
+        run(
+            '--task',
+            'rte',
+            '--input',
+            data,
+            '--output',
+            tmp_path / 'out',
+            '--compression',
+            'zstd:3',
+            '--hashes',
+            'xxh128',
+        )
+        == 0
+    )
     (entry,) = json.loads((tmp_path / 'out' / 'index.json').read_text())['shards']
     assert entry['compression'] == 'zstd:3' and list(entry['zip_data']['hashes']) == ['xxh128']
     assert inspect_set(tmp_path / 'out').rows == 4
@@ -121,8 +154,23 @@ def test_compression_and_hashes(tmp_path):
 
 def test_any_number_of_workers_writes_the_same_bytes(shared, tmp_path):
     for workers in (1, 3):
-        assert run('--task', 'rte', '--input', shared / 'superglue' / 'RTE', '--split', 'train', '--workers', workers,
-                   '--shard-size', 50_000, '--output', tmp_path / str(workers)) == 0  # fmt: skip
+        assert (
+            run(
+                '--task',
+                'rte',
+                '--input',
+                shared / 'superglue' / 'RTE',
+                '--split',
+                'train',
+                '--workers',
+                workers,
+                '--shard-size',
+                50_000,
+                '--output',
+                tmp_path / str(workers),
+            )
+            == 0
+        )
     assert len(shards(tmp_path / '1')) > 10
     assert shards(tmp_path / '1') == shards(tmp_path / '3')
     summaries = [read_summary(tmp_path / workers) | {'seconds': 0} for workers in '13']
@@ -137,12 +185,12 @@ def test_any_number_of_workers_writes_the_same_bytes(shared, tmp_path):
     ('change', 'message'),
     [
         ({'premise': None}, 'field premise: is missing'),
-        ({'label': 'maybe'}, 'field label: "maybe" is none of "entailment", "not_entailment"'),
-        ({'label': True}, 'field label: true is none of'),
-        ({'premise': 7}, 'field premise: 7 where text belongs'),
+        ({'label': 'maybe'}, 'field label: found "maybe"; expected one of "entailment", "not_entailment"'),
+        ({'label': True}, 'field label: found true; expected one of'),
+        ({'premise': 7}, 'field premise: found 7; expected text'),
         ({'premise': ''}, 'field premise: is empty'),
         ({'premise': 'x' * 5_000_000}, 'the row is longer than 1,048,576 bytes'),
-        ({'idx': 0}, "field id: '0' stands twice, first in"),
+        ({'idx': 0}, "field id: found '0' twice, first in"),
     ],
 )
 def test_a_bad_row_stops_it_or_is_set_aside(tmp_path, capsys, change, message):
@@ -192,15 +240,17 @@ def test_a_rationale_that_matches_nothing(tmp_path, capsys):
     ('args', 'message'),
     [
         (['--task', 'rt'], "unknown task 'rt'; did you mean 'rte'"),
-        (['--template', 'none.yaml'], 'none.yaml: cannot read the template'),
+        (['--template', 'none.yaml'], 'none.yaml: No such file or directory'),
         (['--task', 'rte', '--input', 'nowhere'], 'nowhere: no such file or folder'),
         (['--task', 'rte', '--split', 'train'], 'is one file; leave out the split'),
         (['--task', 'rte', '--compression', 'zip'], "compression: unknown 'zip'"),
+        (['--task', 'rte', '--workers', '0'], "argument --workers: found '0'; expected a whole number from 1"),
+        (['--task', 'rte', '--control', 'none'], "argument --control: invalid choice: 'none'"),
         (['--task', 'rte', '--hashes', 'md4x'], "hashes: unknown 'md4x'"),
-        (['--task', 'rte', '--output', 'full'], 'full: holds a set of shards already'),
-        (['--task', 'rte', '--output', '/proc/none/out'], '/proc/none: No such file or directory'),
-        (['--task', 'rte', '--skip-bad', '/proc/none/bad'], '/proc/none: No such file or directory'),
-        (['--task', 'rte', '--output', 'other'], 'other: is there already and is no set of shards'),
+        (['--task', 'rte', '--output', 'full'], 'full: already holds a shard set'),
+        (['--task', 'rte', '--output', '/proc/none/out'], '--output: /proc/none/out: cannot be written: No such file'),
+        (['--task', 'rte', '--skip-bad', '/proc/none/bad'], '--skip-bad: /proc/none/bad: cannot be written: No such'),
+        (['--task', 'rte', '--output', 'other'], 'other: exists and is not a shard set'),
     ],
 )
 def test_bad_arguments(tmp_path, capsys, monkeypatch, args, message):
@@ -232,8 +282,19 @@ def test_a_kill_leaves_the_old_set(root, tmp_path, sent):
     out = tmp_path / 'out'
     write_triplets([{'id': '0', 'input_text': 'x', 'label': 'entailment'}], out)
     before = files(out)
-    command = [sys.executable, root / 'scripts' / 'prepare_data.py', '--task', 'rte', '--input', data,
-               '--output', out, '--overwrite', '--shard-size', '100']  # fmt: skip
+    command = [
+        sys.executable,
+        root / 'scripts' / 'prepare_data.py',
+        '--task',
+        'rte',
+        '--input',
+        data,
+        '--output',
+        out,
+        '--overwrite',
+        '--shard-size',
+        '100',
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not any('shard.00005' in str(path) for path in tmp_path.glob('.out.*/*')):
             assert process.poll() is None
@@ -271,7 +332,7 @@ def test_written_to_s3_and_read_from_there(s3, tmp_path, capsys):
     assert json.loads((s3.folder / 'rte' / 'train' / 'triplets.json').read_text())['rows'] == 4
 
     assert run(*command) == 2
-    assert f'error: {remote}/train: holds a set of shards already' in capsys.readouterr().err
+    assert f'error: --output: {remote}/train: already holds a shard set' in capsys.readouterr().err
     data.write_text(data.read_text().replace('r2', 'new'))
     assert run(*command, '--overwrite') == 0
     assert [row['rationale'] for row in read_remote(f'{remote}/train', tmp_path / 'two')] == ['r0', 'r1', 'new', 'r3']
@@ -311,8 +372,40 @@ def test_a_bucket_or_server_that_is_not_there(s3, tmp_path, capsys, monkeypatch)
 
 def test_publishing_replaces_in_one_step(tmp_path):
     for name in ('.new.tmp', 'out'):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / 'content').write_text(name)
+        write_triplets([{'id': name, 'input_text': 'x', 'label': 'y'}], tmp_path / name)
     publish(tmp_path / '.new.tmp', tmp_path / 'out')
-    assert (tmp_path / 'out' / 'content').read_text() == '.new.tmp'
+    assert [row['id'] for row in LocalDataset(str(tmp_path / 'out'))] == ['.new.tmp']
     assert os.listdir(tmp_path) == ['out']
+
+
+def test_what_stands_beside_a_set_is_never_removed(tmp_path):
+    """Not even where it came after the look at the start."""
+    for name in ('.new.tmp', 'out'):
+        write_triplets([{'id': name, 'input_text': 'x', 'label': 'y'}], tmp_path / name)
+    (tmp_path / 'out' / 'notes.txt').write_text('mine')
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=r'out: holds notes\.txt, which is no part of'):
+        publish(tmp_path / '.new.tmp', tmp_path / 'out')
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize('more', [(), ('--overwrite',)])
+@pytest.mark.parametrize('prefix', ['exp#1/train', 'exp?1/train', 'exp\t1/train'])
+def test_an_address_that_would_be_cut_off_writes_nothing(s3, tmp_path, capsys, prefix, more):
+    """The provider's client drops what follows: each file would overwrite the last, under another name."""
+    data = write_rows(tmp_path / 'train.jsonl')
+    before = files(s3.folder)
+    assert run('--task', 'rte', '--input', data, '--output', f'{s3.bucket}/{prefix}', *more) == 2
+    printed = capsys.readouterr()
+    assert 'which cuts an address off' in printed.err and printed.err.count('\n') == 1 and not printed.out
+    assert files(s3.folder) == before
+
+
+def test_an_earlier_report_of_bad_rows_may_be_replaced(tmp_path):
+    data = write_rows(tmp_path / 'train.jsonl', premise=None)
+    bad = tmp_path / 'bad.jsonl'
+    command = ['--task', 'rte', '--input', data, '--output', tmp_path / 'out', '--overwrite', '--skip-bad', bad]
+    bad.touch()
+    for _ in range(2):
+        assert run(*command) == 0
+        assert json.loads(bad.read_text())['where'] == f'{data}, line 4'

@@ -8,7 +8,7 @@ from tiny import LABELS, VOCAB, byte_tokenizer, tiny_tokenizer, triplets
 from transformers import BatchEncoding, DataCollatorWithPadding, default_data_collator
 
 from dhrd_plugin import RationaleCollator, TripletCollator
-from dhrd_plugin.data.collation import Markers
+from dhrd_plugin.data.collator import Markers
 from dhrd_plugin.errors import UserError
 
 NONE = -100
@@ -34,14 +34,15 @@ def bare(rows):
 
 
 @pytest.mark.parametrize('side', ['right', 'left'])
-def test_the_batch_is_that_of_the_triplets(side):
+@pytest.mark.parametrize('options', [{}, {'layout': 'label_first', 'rationale_max_tokens': 2}])
+def test_the_batch_is_that_of_the_triplets(side, options):
     rows = triplets()
     theirs = [
         {**tiny_tokenizer()(item['input_text']), 'label': LABELS.index(item['label']), 'rationale': item['rationale']}
         for item in rows
     ]
-    found = collate(theirs, side=side)
-    expected = TripletCollator(tiny_tokenizer(), LABELS, padding_side=side)(rows)
+    found = collate(theirs, side=side, **options)
+    expected = TripletCollator(tiny_tokenizer(), LABELS, padding_side=side, **options)(rows)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
@@ -139,6 +140,59 @@ def test_answers_targets_and_markers():
     assert tokenizer.decode(found['input_ids'][0]) == 'Is it? [why] It is. [so] yes'
 
 
+def test_labels_as_long_as_the_batch_are_no_tokens():
+    """Of several labels each a row: with an answer of their own they are theirs to use, and stay as they are."""
+
+    def theirs(rows):
+        batch = DataCollatorWithPadding(tiny_tokenizer())([{**item, 'label': 0} for item in rows])
+        return {**batch, 'labels': torch.tensor([[1, 0, 1], [0, 1, 1]])}
+
+    rows = [row('w1 w2 w3', answer='maybe'), row('w9', answer='yes')]
+    batch = collate(rows, collate_fn=theirs)
+    assert batch['labels'].tolist() == [[1, 0, 1], [0, 1, 1]] and batch['input_ids'].shape[1] > 3
+
+
+@pytest.mark.parametrize(
+    ('values', 'kept'),
+    [
+        (torch.tensor([[0.25, 0.5, 0.75], [0.1, 0.2, 0.3]], dtype=torch.float64), True),  # features
+        (torch.tensor([[4, 5, 6], [7, 8, 9]]), True),  # values where the second row has no token
+        (torch.tensor([[4, 5, 6], [7, 0, 0]]), False),
+        (torch.tensor([[True, True, False], [True, False, False]]), False),
+    ],
+)
+def test_what_goes_along_with_the_tokens_is_whole(values, kept):
+    def theirs(rows):
+        return {**DataCollatorWithPadding(tiny_tokenizer())(rows), 'extra': values}
+
+    batch = collate([row('w1 w2 w3'), row('w9', rationale=None)], collate_fn=theirs)
+    extra, longer = batch['extra'], batch['input_ids'].shape[1]
+    assert extra.dtype == values.dtype
+    assert torch.equal(extra, values) if kept else torch.equal(extra[:, :3], values) and extra.shape == (2, longer)
+
+
+def test_nan_is_a_missing_rationale_as_pandas_has_it():
+    rows = [row(rationale=float('nan')), row('w9', answer=float('nan'))]
+    expected = collate([row(rationale=None), row('w9')])
+    found = collate(rows)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert 'reasoning_labels' not in collate([row(rationale=float('nan'))])
+
+
+@pytest.mark.parametrize('labels', [['no'], torch.tensor([1]), [1], torch.tensor([True])])
+def test_labels_are_indices_or_names(labels):
+    def theirs(rows):
+        return {**DataCollatorWithPadding(tiny_tokenizer())(rows), 'labels': labels}
+
+    batch = collate([row()], collate_fn=theirs, label_names={0: 'yes', 1: 'no', 2: 'maybe'})
+    assert batch['input_ids'][0, -1] == VOCAB['no']
+
+
+def labelled(values, **more):
+    """A collate_fn whose batch holds these labels."""
+    return {'collate_fn': lambda rows: {**DataCollatorWithPadding(tiny_tokenizer())(rows), 'labels': values, **more}}
+
+
 def test_it_can_be_sent_to_worker_processes():
     rows = [row(), row('w9 w8', rationale=None)]
     sent = pickle.loads(pickle.dumps(RationaleCollator(tiny_tokenizer(), LABELS)))
@@ -157,6 +211,35 @@ def test_it_can_be_sent_to_worker_processes():
             "attention_mask: the batch holds only ['input_ids', 'labels']; expected a collate_fn that tokenises",
         ),
         ([row()], {'reasoning_targets': 'all'}, "reasoning_targets: found 'all'"),
+        ([row(rationale=['w4'])], {}, 'row 0, field rationale: found ["w4"]; expected text'),
+        ([row(), row(id='b', rationale=5)], {}, 'row b, field rationale: found 5; expected text'),
+        ([row(rationale=True)], {}, 'row 0, field rationale: found true; expected text'),
+        ([row(rationale='w\ud800')], {}, 'row 0, field rationale: is not valid Unicode'),
+        ([{**bare([row()])[0], 'why': {}}], {'rationale_key': 'why'}, 'row 0, field why: found {}; expected text'),
+        ([row(answer='')], {}, 'row 0, field answer: is empty'),
+        ([row(answer=1)], {}, 'row 0, field answer: found 1; expected text'),
+        (
+            [row()],
+            labelled(torch.tensor([[0, 1, 1]])),
+            'row 0: labels: found [0, 1, 1]; expected the index of one class',
+        ),
+        ([row()], labelled(torch.tensor([[0.0, 1.0]])), 'row 0: labels: found [0.0, 1.0]; expected the index of one'),
+        ([row()], labelled(torch.tensor([0.7])), 'row 0: labels: found 0.699'),
+        ([row()], labelled(torch.tensor(1)), 'row 0: labels: found tensor(1); expected one label a row'),
+        ([row()], labelled(['perhaps']), 'row 0: answer: missing, and label_names has no name for label perhaps'),
+        ([row()], labelled(torch.tensor([-100])), 'label_names has no name for label -100'),
+        ([row()], {'label_names': {0: 'yes'}}, 'label_names has no name for label 1'),
+        ([row()], {'label_names': {1: 'yes'}}, 'label_names: found the labels [1]; expected a name for each of 0, 1'),
+        ([row()], {'label_names': {'yes': 0}}, "label_names: found the labels ['yes']; expected a name for each"),
+        ([row()], {'label_names': 'yes'}, "label_names: found 'yes'; expected a list of texts"),
+        ([row()], {'label_names': ['no', 1]}, "label_names: found ['no', 1]; expected a list of texts"),
+        ([row()], {'label_names': ['no', 'no']}, "label_names: found ['no', 'no']; expected each name once"),
+        (
+            [row(id=4)],
+            labelled([1], reasoning_weight=torch.tensor([float('nan')])),
+            'row 4, field reasoning_weight: found nan; expected a finite number, zero or more',
+        ),
+        ([row()], labelled([1], classification_weight=[-1.0]), 'row 0, field classification_weight: found -1.0'),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(rows, options, reason):

@@ -13,20 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming import LocalDataset, MDSWriter, StreamingDataset
+from tiny import tiny_tokenizer
 
-from dhrd_plugin.data.cache import machine_lock
-from dhrd_plugin.data.shards import (
-    COLUMNS,
-    cached_shards,
-    check_triplet,
-    encode_triplet,
-    is_whole,
-    read_summary,
-    write_triplets,
-)
+from dhrd_plugin.data.collator import TripletCollator
+from dhrd_plugin.data.inspect import inspect_set
+from dhrd_plugin.data.shards import cached_shards, check_triplet, encode_triplet, read_summary, write_triplets
 from dhrd_plugin.data.tasks import load_task
+from dhrd_plugin.data.triplet import COLUMNS
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.streams.cache import machine_lock
+from dhrd_plugin.streams.dataset import StreamingTripletDataset
+from dhrd_plugin.streams.publish import is_whole
+from dhrd_plugin.streams.stream import TripletStream
 
 RTE = load_task('rte')
 text = st.text(st.characters(exclude_categories=['Cs']), max_size=40)
@@ -40,12 +39,15 @@ triplets = st.builds(
     rationale=st.none() | some_text | st.lists(some_text, min_size=1, max_size=3) | st.just(''),
     weight=st.floats(0, 1e300),
     group=text,
+    probabilities=st.none() | st.just({'a': 0.25, 'b': 0.75}),
 )
 
 
 def rows(count, label='entailment'):
-    return [check_triplet({'id': str(i), 'input_text': f'text {i}', 'label': label, 'rationale': f'r {i}'}, RTE)
-            for i in range(count)]  # fmt: skip
+    return [
+        check_triplet({'id': str(i), 'input_text': f'text {i}', 'label': label, 'rationale': f'r {i}'}, RTE)
+        for i in range(count)
+    ]
 
 
 def read(folder):
@@ -152,24 +154,37 @@ def test_writing_is_nearly_as_fast_as_a_bare_writer(tmp_path):
 def test_defaults_are_filled_in(tmp_path):
     write_triplets([{'id': 'a', 'input_text': 'x', 'label': 'not_entailment'}], tmp_path / 'set', task=RTE)
     assert read(tmp_path / 'set') == [
-        {'id': 'a', 'input_text': 'x', 'label': 'not_entailment', 'answer': 'No', 'rationale': None,
-         'weight': 1.0, 'group': ''}
-    ]  # fmt: skip
+        {
+            'id': 'a',
+            'input_text': 'x',
+            'label': 'not_entailment',
+            'answer': 'No',
+            'rationale': None,
+            'weight': 1.0,
+            'group': '',
+            'probabilities': None,
+        }
+    ]
 
 
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'label': 'maybe'}, "triplet '5', field label: 'maybe' is none of entailment, not_entailment"),
+        ({'label': 'maybe'}, "triplet '5', field label: found 'maybe'; expected one of entailment, not_entailment"),
         ({'label': None}, 'field label: is missing'),
         ({'label': ''}, 'field label: is empty'),
-        ({'id': 5}, 'triplet 5, field id: 5 where text belongs'),
+        ({'id': 5}, 'triplet 5, field id: found 5; expected text'),
         ({'input_text': ''}, 'field input_text: is empty'),
-        ({'rationale': 3}, 'field rationale: 3 where text belongs'),
+        ({'rationale': 3}, 'field rationale: found 3; expected text'),
         ({'rationale': ['']}, r'field rationale\[0\]: is empty'),
-        ({'weight': True}, 'field weight: true where a number belongs'),
-        ({'rational': 'x'}, 'field rational: is no field of a triplet'),
+        ({'weight': True}, 'field weight: found true; expected a number'),
+        ({'rational': 'x'}, 'field rational: is not a field of a triplet; did you mean'),
         ({'answer': 'a\udc80'}, 'field answer: is not valid Unicode'),
+        (
+            {'probabilities': [1]},
+            'field probabilities: found 1; expected 2, one for each of entailment, not_entailment',
+        ),
+        ({'label': '', 'probabilities': [0, 1], 'rationale': 'r'}, 'field rationale: found without a label'),
     ],
 )
 def test_a_bad_triplet_leaves_the_old_set(tmp_path, change, message):
@@ -187,18 +202,47 @@ def test_unlabelled_rows_where_they_are_asked_for(tmp_path):
     assert [(row['label'], row['answer']) for row in read(tmp_path / 'set')] == [('', '')]
 
 
+def test_a_row_of_probabilities_needs_no_label(tmp_path):
+    told = [{'entailment': 0.25, 'not_entailment': 0.75}, [0.33, 0.66], None]
+    given = [{'id': str(i), 'input_text': 'x', 'probabilities': value} for i, value in enumerate(told)]
+    given[2]['label'] = 'entailment'
+    summary = write_triplets(given, tmp_path / 'set', task=RTE)
+    found = [row['probabilities'] for row in read(tmp_path / 'set')]
+    assert found == [told[0], pytest.approx({'entailment': 1 / 3, 'not_entailment': 2 / 3}), None]
+    assert (summary['with_probabilities'], summary['without_target']) == (2, 0)
+    assert summary['labels'] == {'entailment': 1, 'not_entailment': 0, '': 2}
+    with pytest.raises(UserError, match="triplet '0', field label: is missing"):
+        write_triplets([{'id': '0', 'input_text': 'x', 'probabilities': None}], tmp_path / 'other', task=RTE)
+
+
+def test_shards_of_an_older_version_are_read_beside_those_of_this_one(tmp_path):
+    old = {name: kind for name, kind in COLUMNS.items() if name != 'probabilities'}
+    with MDSWriter(columns=old, out=str(tmp_path / 'old')) as writer:
+        for row in rows(3):
+            writer.write({name: row[name] for name in old})
+    told = [{**row, 'probabilities': [0.5, 0.5]} for row in rows(2)]
+    write_triplets(told, tmp_path / 'new', task=RTE)
+    streams = [TripletStream(local=str(tmp_path / name)) for name in ('old', 'new')]
+    with machine_lock():
+        dataset = StreamingTripletDataset(streams=streams, batch_size=5)
+    collate = TripletCollator(tiny_tokenizer(), RTE.label_names)
+    batch = collate([dataset[index] for index in range(5)])
+    assert batch['label_probabilities'].tolist() == [[0, 0]] * 3 + [[0.5, 0.5]] * 2
+    assert [row.get('probabilities') for row in inspect_set(tmp_path / 'old').first] == [None] * 3
+
+
 def test_what_is_there_is_not_lost(tmp_path):
     out = tmp_path / 'set'
     out.mkdir()
     write_triplets(rows(3), out)  # an empty folder is free
-    with pytest.raises(UserError, match='holds a set of shards already'):
+    with pytest.raises(UserError, match='already holds a shard set'):
         write_triplets(rows(4), out)
     write_triplets(rows(4), out, overwrite=True)
     assert len(read(out)) == 4
     (out / 'index.json').unlink()
-    with pytest.raises(UserError, match='is no set of shards'):
+    with pytest.raises(UserError, match='is not a shard set'):
         write_triplets(rows(4), out, overwrite=True)
-    with pytest.raises(UserError, match='no row to write'):
+    with pytest.raises(UserError, match='triplets: found no row to write'):
         write_triplets([], tmp_path / 'none')
     assert not (tmp_path / 'none').exists()
 
@@ -310,7 +354,7 @@ def test_a_bad_row_leaves_no_cache(tmp_path):
 
 
 def test_unknown_names_of_options(tmp_path):
-    with pytest.raises(UserError, match="compression: unknown 'zip'; known are br"):
+    with pytest.raises(UserError, match="compression: unknown 'zip'; expected one of br"):
         write_triplets(rows(1), tmp_path / 'set', compression='zip')
-    with pytest.raises(UserError, match="hashes: unknown 'crc'; known are "):
+    with pytest.raises(UserError, match="hashes: unknown 'crc'; expected one of "):
         write_triplets(rows(1), tmp_path / 'set', hashes=['crc'])

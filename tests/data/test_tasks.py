@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from dhrd_plugin.data.tasks import BadRow, load_task, task_names
+from dhrd_plugin.data.tasks import load_task, task_names
+from dhrd_plugin.data.triplet import BadRow
 from dhrd_plugin.errors import UserError
 
 ROW = {'premise': 'It rains.', 'hypothesis': 'It is wet.', 'label': 'entailment', 'idx': 3}
@@ -46,6 +47,7 @@ def test_rte_row():
         'rationale': 'Rain wets.',
         'weight': 2.0,
         'group': '',
+        'probabilities': None,
     }
     assert load_task('rte').render(ROW).startswith('Premise: It rains.')
 
@@ -55,7 +57,7 @@ def test_copa_prints_a_phrase_for_cause_and_effect():
     triplet = one(load_task('copa'), row)
     assert triplet['input_text'].startswith('He fell. What was the cause of this?')
     assert (triplet['label'], triplet['answer']) == ('choice2', '2')
-    with pytest.raises(BadRow, match='field question: "why" is none of "cause", "effect"'):
+    with pytest.raises(BadRow, match='field question: found "why"; expected one of "cause", "effect"'):
         one(load_task('copa'), {**row, 'question': 'why'})
 
 
@@ -66,8 +68,13 @@ def test_multirc_explodes_and_groups_by_question():
     assert (first['id'], first['group'], first['label']) == ('7-9-4', '7-9', 'False')
     assert (second['id'], second['rationale'], second['answer']) == ('7-9-5', 'r', 'Yes')
     assert first['input_text'] == 'P\nQuestion: Q\nAnswer: A\nIs this answer correct?'
-    flat = {'paragraph': 'P', 'question': 'Q', 'answer': 'A', 'label': 0,
-            'idx': {'paragraph': 7, 'question': 9, 'answer': 4}}  # fmt: skip
+    flat = {
+        'paragraph': 'P',
+        'question': 'Q',
+        'answer': 'A',
+        'label': 0,
+        'idx': {'paragraph': 7, 'question': 9, 'answer': 4},
+    }
     assert one(load_task('multirc').for_hub(), flat) == first
     with pytest.raises(UserError, match='several texts'):
         load_task('multirc').render(row)
@@ -77,6 +84,13 @@ def test_wsc_reads_nested_fields_and_flat_ones_of_the_hub():
     nested = {'text': 'T', 'target': {'span1_text': 'N', 'span2_text': 'p'}, 'idx': 0, 'label': True}
     flat = {'text': 'T', 'span1_text': 'N', 'span2_text': 'p', 'idx': 0, 'label': True}
     assert one(load_task('wsc'), nested) == one(load_task('wsc').for_hub(), flat)
+
+
+def test_the_hub_may_have_labels_of_its_own():
+    labels = [{'value': 1, 'name': 'no'}, {'value': 0, 'name': 'yes'}]
+    task = load_task({**CUSTOM, 'labels': ['no', 'yes'], 'hub': {'labels': labels}})
+    assert load_task(task.to_dict()) == task
+    assert [label.value for label in task.for_hub().labels] == [1, 0]
 
 
 def test_json_types_of_labels_are_told_apart():
@@ -91,7 +105,7 @@ def test_json_types_of_labels_are_told_apart():
                 assert one(task, row)['label'] == task.label_names[1]
             else:
                 row['label'] = json.loads(right)
-                with pytest.raises(BadRow, match=f'field label: {right} is none of .*{spelled}'):
+                with pytest.raises(BadRow, match=f'field label: found {right}; expected one of .*{spelled}'):
                     one(task, row)
 
 
@@ -104,7 +118,7 @@ def test_cells_without_types_match_by_their_text():
 def test_numbers_only_where_the_prompt_says_so():
     task = load_task({**CUSTOM, 'prompt': '{a} {year:d} {share:.1f}'})
     assert one(task, {'a': 'x', 'year': 7, 'share': 0.25, 'label': 'no'})['input_text'] == 'x 7 0.2'
-    with pytest.raises(BadRow, match='field year: "7" where a number belongs'):
+    with pytest.raises(BadRow, match='field year: found "7"; expected a number'):
         one(task, {'a': 'x', 'year': '7', 'share': 1, 'label': 'no'})
 
 
@@ -124,21 +138,21 @@ def test_unlabelled_rows_only_where_asked_for():
     ('change', 'message'),
     [
         ({'premise': None}, 'field premise: is missing'),
-        ({'premise': 5}, 'field premise: 5 where text belongs'),
+        ({'premise': 5}, 'field premise: found 5; expected text'),
         ({'premise': ' \n'}, 'field premise: is empty'),
         ({'premise': 'a\ud800'}, 'field premise: is not valid Unicode'),
-        ({'label': 'entailmnt'}, 'field label: "entailmnt" is none of "entailment", "not_entailment"'),
-        ({'label': 0}, 'field label: 0 is none of'),
-        ({'label': ['entailment']}, 'field label: .* is none of'),
+        ({'label': 'entailmnt'}, 'field label: found "entailmnt"; expected one of "entailment", "not_entailment"'),
+        ({'label': 0}, 'field label: found 0; expected one of'),
+        ({'label': ['entailment']}, 'field label: found .*; expected one of'),
         ({'idx': None}, 'field idx: is missing'),
-        ({'idx': 1.5}, 'field idx: 1.5 where text belongs'),
-        ({'idx': True}, 'field idx: true where text belongs'),
+        ({'idx': 1.5}, 'field idx: found 1.5; expected text'),
+        ({'idx': True}, 'field idx: found true; expected text'),
         ({'rationale': ''}, 'field rationale: is empty'),
-        ({'rationale': []}, r'field rationale: \[\] where text belongs'),
-        ({'rationale': ['a', 3]}, r'field rationale\[1\]: 3 where text belongs'),
-        ({'weight': 'high'}, 'field weight: "high" where a number belongs'),
-        ({'weight': float('nan')}, 'field weight: nan where a finite number'),
-        ({'weight': -1}, 'field weight: -1 where a finite number'),
+        ({'rationale': []}, r'field rationale: found \[\]; expected text'),
+        ({'rationale': ['a', 3]}, r'field rationale\[1\]: found 3; expected text'),
+        ({'weight': 'high'}, 'field weight: found "high"; expected a number'),
+        ({'weight': float('nan')}, 'field weight: found nan; expected a finite number'),
+        ({'weight': -1}, 'field weight: found -1; expected a finite number'),
     ],
 )
 def test_bad_rows_name_the_field(change, message):
@@ -150,21 +164,20 @@ def test_bad_rows_name_the_field(change, message):
     ('change', 'message'),
     [
         ({'promt': 'x'}, "unknown key 'promt'; did you mean 'prompt'"),
-        (
-            {'labels': [{'value': 'a', 'anser': 'b'}, 'c']},
-            "labels: unknown key 'anser'; did you mean 'answer'",
-        ),
-        ({'labels': [{'value': 'a', 'answer': True}, 'c']}, 'labels: answer: expected a text, found true'),
-        ({'labels': ['only']}, 'labels: expected two or more'),
-        ({'labels': ['a', 'a']}, 'labels: expected two or more, each value once'),
-        ({'labels': [1.5, 2.5]}, 'labels: value: expected a text, a whole number or true/false, found 1.5'),
+        ({'labels': [{'value': 'a', 'anser': 'b'}, 'c']}, "labels: unknown key 'anser'; did you mean 'answer'"),
+        ({'labels': [{'value': 'a', 'answer': True}, 'c']}, 'labels: answer: found true; expected a text'),
+        ({'labels': ['only']}, 'labels: found "only"; expected two or more'),
+        ({'labels': ['a', 'a']}, 'labels: found "a", "a"; expected two or more, each value once'),
+        ({'labels': [1.5, 2.5]}, 'labels: value: found 1.5; expected a text, a whole number or true/false'),
         ({'labels': {}}, "the key 'labels' is missing|expected a list"),
         ({'prompt': 'no field'}, 'prompt: names no field'),
+        ({'prompt': r'Claim: {a}\nTrue?'}, 'prompt: found a backslash and an n; for a line break use "..." or a block'),
+        ({'hub': {'prompt': r'{a}\n'}}, 'hub: prompt: found a backslash and an n'),
         ({'prompt': '{a.__class__}'}, r'prompt: {a.__class__} is not a field'),
         ({'prompt': '{a!r}'}, r'prompt: {a} is not a field'),
         ({'prompt': '{a'}, 'prompt: expected'),
         ({'id': '{a[b}'}, 'id: '),
-        ({'explode': ['a of b']}, "explode: expected 'name in field', found 'a of b'"),
+        ({'explode': ['a of b']}, "explode: found 'a of b'; expected 'name in field'"),
         ({'words': {'b': {'x': 'y'}}}, "words: the prompt has no field 'b'"),
         ({'may_be_empty': ['b']}, "may_be_empty: the prompt has no field 'b'"),
         ({'metrics': ['acuracy']}, "metrics: unknown metric 'acuracy'; did you mean 'accuracy'"),
@@ -172,7 +185,7 @@ def test_bad_rows_name_the_field(change, message):
         ({'metrics': ['f1a'], 'labels': ['a', 'b', 'c']}, 'metrics: f1a needs two labels'),
         ({'hub': {'pth': 'x'}}, "hub: unknown key 'pth'; did you mean 'path'"),
         ({'hub': {'prompt': '{a!r}'}}, 'hub: prompt: '),
-        ({'name': 3}, 'name: expected a text, found 3'),
+        ({'name': 3}, 'name: found 3; expected a text'),
     ],
 )
 def test_bad_templates_name_the_key(change, message):
@@ -193,7 +206,7 @@ def test_templates_from_files(tmp_path):
     path.write_text('- a')
     with pytest.raises(UserError, match='expected a mapping'):
         load_task(path)
-    with pytest.raises(UserError, match='cannot read'):
+    with pytest.raises(UserError, match=r'none.yaml: No such file or directory'):
         load_task(tmp_path / 'none.yaml')
     with pytest.raises(UserError, match="unknown task 'rt'; did you mean 'rte'"):
         load_task('rt')

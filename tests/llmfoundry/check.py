@@ -105,7 +105,7 @@ def main() -> None:
         print('one process, microbatches of 8:', *one, flush=True)
         assert all(abs(a - b) < 2e-4 for a, b in zip(chain(*one), chain(*two_ranks)))
 
-        run(bin_folder, 'python', 'tests/models/load_slim.py', out)
+        run(bin_folder, 'python', 'tests/load_slim.py', out)
         found = torch.load(out / 'found.pt', weights_only=True)['run']
         live = torch.load(out / 'live.pt', weights_only=True)
         difference = float((found['logits'] - live).abs().max())

@@ -1,6 +1,6 @@
 """llm-foundry's scripts/train/train.py, then the live model's logits: ``composer trainer.py YAML OUT [key=value ...]``.
 
-OUT receives inputs.pt, as tests/models/load_slim.py reads it, and live.pt.
+OUT receives inputs.pt, as tests/load_slim.py reads it, and live.pt.
 """
 
 import sys

@@ -4,20 +4,29 @@ import copy
 
 import pytest
 import torch
+from backbones import RIGHT, tiny_config
 from runs import losses, write_run
 from safetensors.torch import load_file
 from tiny import KINDS, LABELS, relative_error, tiny_lm, tiny_network, tiny_tokenizer, triplets
+from transformers import AutoModelForCausalLM
 
 from dhrd_plugin import load_config, train
-from dhrd_plugin.data.collation import TripletCollator
+from dhrd_plugin.data.collator import LAYOUTS, TripletCollator
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.models.padding_free import use_padding_free
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 # Dropout draws by shape, and the shapes differ.
-QUIET = ['max_duration=8ba', 'eval_interval=8ba', 'save_folder=null', 'autoresume=false', 'model.classifier_dropout=0',
-         'model.lora.lora_dropout=0']  # fmt: skip
+QUIET = [
+    'max_duration=8ba',
+    'eval_interval=8ba',
+    'save_folder=null',
+    'autoresume=false',
+    'model.classifier_dropout=0',
+    'model.lora.lora_dropout=0',
+]
 
 
 def step(network, batch):
@@ -32,10 +41,11 @@ def step(network, batch):
 @pytest.mark.parametrize('pooling', ['last', 'mean'])
 @pytest.mark.parametrize('side', ['left', 'right'])
 @pytest.mark.parametrize('lora', [False, True])
-def test_losses_and_gradients_are_the_same(kind, pooling, side, lora):
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_losses_and_gradients_are_the_same(kind, pooling, side, lora, layout):
     network = tiny_network(kind, pooling=pooling, lora=lora)
     network.causal_lm.config._attn_implementation = 'sdpa'
-    batch = TripletCollator(tiny_tokenizer(), LABELS, padding_side=side)(triplets())
+    batch = TripletCollator(tiny_tokenizer(), LABELS, padding_side=side, layout=layout)(triplets())
     batch.pop('labels')
     expected, expected_grads = step(network, batch)
     other = copy.deepcopy(network)
@@ -52,6 +62,27 @@ def test_it_is_refused_where_it_cannot_be():
     lm.config._attn_implementation = 'eager'
     with pytest.raises(UserError, match=r'model\.padding_free: found true, but its attn_implementation is eager'):
         use_padding_free(lm)
+
+
+@pytest.mark.parametrize('kind', ['mistral', 'gemma3_text', 'llama4_text'])
+def test_rows_longer_than_a_window(kind):
+    """Attention keeps the window of each row; where a layer does not tell it, rows that long run padded."""
+    window = {'llama4_text': {'attention_chunk_size': 8}}.get(kind, {'sliding_window': 8})
+    config = tiny_config(kind, {**RIGHT.get(kind, {}), **window, 'attn_implementation': 'sdpa'})
+    torch.manual_seed(0)
+    network = DualHeadNetwork(AutoModelForCausalLM.from_config(config), len(LABELS)).eval()
+    batch = TripletCollator(tiny_tokenizer(), LABELS)(triplets())
+    batch.pop('labels')
+    assert batch['attention_mask'].sum(1).max() > 8 and not batch['attention_mask'].all()
+    expected, expected_grads = step(network, batch)
+    other = copy.deepcopy(network)
+    other.padding_free, other.longest_unpadded = True, use_padding_free(other.causal_lm)
+    assert other.longest_unpadded == (8 if kind == 'llama4_text' else None)
+    assert other.runs_unpadded(batch['attention_mask']) == (kind != 'llama4_text')
+    found, grads = step(other, batch)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.reasoning_loss, expected.reasoning_loss, rtol=1e-5, atol=1e-5)
+    assert relative_error(grads, expected_grads) < 1e-4
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,154 @@
+"""What to know of triplets before a long run: lengths, cuts, rationales that state the label."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from dhrd_plugin.data.leaks import restated
+from dhrd_plugin.data.triplet import Triplet
+
+BATCH = 512  # triplets that are tokenised at a time
+MAX_IDS = 100  # of rows whose rationale states the label, in a summary
+
+
+@dataclass
+class Findings:
+    """What a survey of some triplets found."""
+
+    input: Counter[int] = field(default_factory=Counter)  # how many inputs have which length
+    sequence: Counter[int] = field(default_factory=Counter)  # the same for input, rationale and answer together
+    leaks: list[str] = field(default_factory=list)  # ids of the rows whose rationale states their label or answer
+
+
+def survey(triplets: list[Triplet], tokenizer: str | None = None) -> Findings:
+    """Count lengths and leaks; where a row has several rationales, the longest counts.
+
+    Lengths are in tokens, markers included, as the model will see them; without a tokenizer in words.
+    """
+    found = Findings(leaks=[row['id'] for row in triplets if _leaks(row)])
+    for sequence, part in _tokens(triplets, tokenizer) if tokenizer else _words(triplets):
+        found.sequence[sequence] += 1
+        found.input[part] += 1
+    return found
+
+
+def merge(parts: Iterable[Findings]) -> Findings:
+    """Merge the findings of several surveys, in their order."""
+    merged = Findings()
+    for part in parts:
+        merged.input.update(part.input)
+        merged.sequence.update(part.sequence)
+        merged.leaks += part.leaks
+    return merged
+
+
+def summarise(found: Findings, tokenizer: str | None = None, max_seq_len: int | None = None) -> dict[str, Any]:
+    """Findings as plain data, for ``triplets.json``.
+
+    ``lengths`` holds those that 50, 95 and 100 % of the rows do not exceed. With a ``max_seq_len`` (of the training,
+    in tokens) ``cut`` counts the rows whose rationale will be cut or left out, and ``inputs_too_long`` those whose
+    input alone is longer, which training refuses.
+    """
+    summary: dict[str, Any] = {
+        'lengths': {
+            'unit': 'tokens' if tokenizer else 'words',
+            'tokenizer': tokenizer,
+            'input': _percentiles(found.input),
+            'sequence': _percentiles(found.sequence),
+        },
+        'states_label': {'rows': len(found.leaks), 'ids': found.leaks[:MAX_IDS]},
+    }
+    if max_seq_len:
+        too_long = _longer(found.input, max_seq_len)
+        cut = _longer(found.sequence, max_seq_len) - too_long
+        summary |= {'max_seq_len': max_seq_len, 'cut': cut, 'inputs_too_long': too_long}
+    return summary
+
+
+def describe(place: object, summary: Mapping[str, Any]) -> Iterator[str]:
+    """A set of shards in lines for people.
+
+    Args:
+        place: where it is.
+        summary: ``triplets.json``, perhaps with ``hashes`` (checked) and ``several`` (rows with more than one
+            rationale). What it lacks gets no line.
+    """
+    rows, count, without = summary['rows'], summary['shard_count'], summary['without_rationale']
+    speed = f', {rows / max(summary["seconds"], 1e-3):,.0f} rows/s' if 'seconds' in summary else ''
+    yield f'{place}: {rows:,} rows in {count:,} shard{"s" * (count > 1)}, {summary["bytes"]:,} bytes{speed}'
+    if 'hashes' in summary:
+        yield f'  hashes checked: {", ".join(sorted(summary["hashes"])) or "none: the index holds none"}'
+    yield '  labels: ' + ', '.join(f'{name or "(none)"} {count:,}' for name, count in summary['labels'].items())
+    several = f' ({summary["several"]:,} with several)' if 'several' in summary else ''
+    yield f'  rationales: {rows - without:,} rows with{several}, {without:,} without'
+    if told := summary.get('with_probabilities'):
+        yield f'  probabilities: {told:,} rows'
+    if joined := summary.get('joined'):
+        yield (
+            f'  joined: {joined["joined"]:,} of {joined["rationales"]:,} rationales, '
+            f'{joined["unmatched"]:,} match no row, {joined["replaced"]:,} replace one of the row'
+        )
+    for part in ('input', 'sequence'):
+        marks = ', '.join(f'{length:,} at {mark}' for mark, length in summary['lengths'][part].items())
+        yield f'  {summary["lengths"]["unit"]} of the {part}: {marks}'
+    if 'max_seq_len' in summary:
+        yield (
+            f'  at {summary["max_seq_len"]:,} tokens: {summary["cut"]:,} rationales cut, '
+            f'{summary["inputs_too_long"]:,} inputs too long, which training refuses'
+        )
+    if summary.get('set_aside'):
+        yield f'  set aside: {summary["set_aside"]:,} bad rows'
+    if leaks := summary['states_label']['rows']:
+        ids = ', '.join(summary['states_label']['ids'][:10])
+        yield f'  warning: the rationale states the label in {leaks:,} rows: {ids}{", ..." * (leaks > 10)}'
+
+
+@lru_cache(maxsize=1)
+def load_collator(tokenizer: str) -> Any:
+    """Load what training turns triplets into tokens with, once in each process."""
+    from dhrd_plugin.data.collator import TripletCollator
+    from dhrd_plugin.models.build import build_tokenizer
+
+    return TripletCollator(build_tokenizer(tokenizer), label_names=[])
+
+
+def _percentiles(lengths: Counter[int]) -> dict[str, int]:
+    total, below = sum(lengths.values()), 0
+    found: dict[str, int] = {}
+    for length in sorted(lengths):
+        below += lengths[length]
+        for percent in (50, 95, 100):
+            if below * 100 >= percent * total:
+                found.setdefault(f'{percent}%', length)
+    return found
+
+
+def _longer(lengths: Counter[int], limit: int) -> int:
+    return sum(count for length, count in lengths.items() if length > limit)
+
+
+def _leaks(row: Triplet) -> bool:
+    return any(restated(text, (row['label'], row['answer'])) for text in _texts(row))
+
+
+def _texts(row: Triplet) -> list[str]:
+    rationale = row['rationale']
+    return rationale if isinstance(rationale, list) else [rationale] if rationale else []
+
+
+def _words(triplets: list[Triplet]) -> Iterator[tuple[int, int]]:
+    for row in triplets:
+        part = len(row['input_text'].split())
+        reasoning = [len(text.split()) for text in _texts(row)]
+        answer = 0 if row['rationale'] is None else len(row['answer'].split())
+        yield part + max(reasoning, default=0) + answer, part
+
+
+def _tokens(triplets: list[Triplet], tokenizer: str) -> Iterator[tuple[int, int]]:
+    collator = load_collator(tokenizer)
+    longest = [{**row, 'rationale': max(_texts(row), key=len, default=row['rationale'])} for row in triplets]
+    for start in range(0, len(longest), BATCH):
+        for row in collator.encode(longest[start : start + BATCH]):
+            yield len(row.input_ids), row.input_length

@@ -1,0 +1,71 @@
+"""The model card of an export: what it is, how it is loaded, how good it was, from which data and YAML."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+PAPER = 'arXiv:2509.21487'
+DROPPED = f'Trained by Dual-Head Reasoning Distillation ({PAPER}); the reasoning head is dropped.'  # in every card
+Metrics = Mapping[str, Mapping[str, float]]  # by evaluation set and name
+
+
+def model_card(metadata: Mapping[str, Any], metrics: Metrics | None, remote_code: bool) -> str:
+    """The text of a ``README.md`` for the Hugging Face hub.
+
+    Args:
+        metadata: of the trained model; ``metadata['dhrd']`` may hold ``label_names``, ``task``,
+            ``config`` (the YAML) and ``data`` (fingerprints by loader).
+        metrics: by evaluation set and name. Default: none are known.
+        remote_code: whether the folder holds code of its own to load with.
+    """
+    settings = metadata.get('dhrd', {})
+    data = ModelCardData(library_name='transformers', pipeline_tag='text-classification', tags=['composer', 'dhrd'])
+    sections = [
+        f'---\n{data.to_yaml()}\n---',
+        '# Slim classifier',
+        DROPPED,
+        _usage(remote_code),
+        _labels(settings),
+        _metrics(metrics),
+        _fingerprints(settings.get('data')),
+        _config(settings.get('config')),
+    ]
+    return '\n\n'.join(section for section in sections if section) + '\n'
+
+
+def _usage(remote_code: bool) -> str:
+    option = ', trust_remote_code=True' if remote_code else ''
+    return (
+        '```python\n'
+        'from transformers import pipeline\n\n'
+        f"classify = pipeline('text-classification', model='FOLDER'{option})\n"
+        '```'
+    )
+
+
+def _labels(settings: Mapping[str, Any]) -> str:
+    names = settings.get('label_names')
+    prompt = (settings.get('task') or {}).get('prompt')
+    text = '' if not names else f'Labels: {", ".join(f"`{name}`" for name in names)}.'
+    return text if not prompt else f'{text}\n\nInput text:\n\n```\n{prompt}\n```'
+
+
+def _metrics(metrics: Metrics | None) -> str:
+    # Not the hub's model-index: it asks for a data set of the hub to each value, and shows no table to readers here.
+    rows = [
+        f'| {label} | {name} | {value:.4f} |'
+        for label, values in (metrics or {}).items()
+        for name, value in values.items()
+    ]
+    return '' if not rows else '\n'.join(['## Evaluation', '', '| set | metric | value |', '|---|---|---|', *rows])
+
+
+def _fingerprints(data: Mapping[str, str] | None) -> str:
+    rows = [f'- {loader}: `{value}`' for loader, value in (data or {}).items()]
+    intro = 'SHA-256 of the indexes of the shards, which hold the hashes of the shards:'
+    return '' if not rows else '\n'.join(['## Data', '', intro, '', *rows])
+
+
+def _config(config: str | None) -> str:
+    return '' if not config else f'## Configuration\n\n```yaml\n{config}```'

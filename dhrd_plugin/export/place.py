@@ -1,0 +1,70 @@
+"""Where an export may stand: in a new or empty folder, or in the place of an earlier one, with nothing beside it."""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import transformers
+
+from dhrd_plugin import models
+from dhrd_plugin.export.card import DROPPED
+from dhrd_plugin.files import check_folder, read_object
+
+_WEIGHTS = re.compile(r'(model|pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|model\.onnx(\.data)?')
+_TEMPLATES = 'additional_chat_templates'  # a folder, where there are several
+_PLAIN = {
+    'README.md',
+    'config.json',
+    'generation_config.json',
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'chat_template.jinja',
+    'chat_template.json',
+    _TEMPLATES,
+}
+
+
+def check_place(out: str | Path, key: str = '', apart: Mapping[str, str | Path | None] | None = None) -> None:
+    """Refuse a place that an export may not replace, or that cannot be written; see ``files.check_folder``.
+
+    Args:
+        out: of the export.
+        key: what names it, for messages. Default: nothing.
+        apart: what it must neither be nor hold, by name. Default: only the current folder.
+    """
+    check_folder(out, key, 'an export', foreign, apart)
+
+
+def foreign(folder: Path) -> str | None:
+    """The name of something in a folder that is no part of an export; ``None`` where all of it is one export."""
+    own = _PLAIN | _tokenizer_files(folder)
+    code = Path(models.__file__).parent  # modules of it travel with an export
+    for path in sorted(folder.iterdir()):
+        travels = path.suffix == '.py' and (code / path.name).is_file()
+        if not (path.name in own or travels or _WEIGHTS.fullmatch(path.name)):
+            return path.name
+        inside = {file.suffix for file in path.iterdir()} if path.is_dir() else set()
+        if path.is_dir() != (path.name == _TEMPLATES) or inside - {'.jinja'}:
+            return path.name
+    return None if _is_ours(folder) else 'a model of other making'
+
+
+def _is_ours(folder: Path) -> bool:
+    """By the model card, or by the config: a stock classifier's has none of our keys."""
+    card = folder / 'README.md'
+    return 'dhrd' in read_object(folder / 'config.json') or (
+        card.is_file() and DROPPED in card.read_text('utf-8', errors='replace')
+    )
+
+
+def _tokenizer_files(folder: Path) -> set[str]:
+    """What the tokenizer of an export may have written, by the names in its class."""
+    name = str(read_object(folder / 'tokenizer_config.json').get('tokenizer_class')).removesuffix('Fast')
+    found: set[str] = set()
+    for kind in (name, f'{name}Fast'):
+        with suppress(AttributeError, ImportError):  # no such class, or one whose package is not installed
+            found |= set(getattr(transformers, kind).vocab_files_names.values())
+    return found

@@ -1,0 +1,335 @@
+"""Write the slim classifier: backbone and classification head, no LM head, no adapters, no pickle."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+)
+
+from dhrd_plugin.errors import UserError, one_line, user_errors
+from dhrd_plugin.export.card import model_card
+from dhrd_plugin.export.onnx import NAME, check_answers, write_onnx
+from dhrd_plugin.export.place import check_place, foreign
+from dhrd_plugin.export.probe import Inputs, ask, ends_in_pad, find_difference, probe_rows
+from dhrd_plugin.files import replace_folder, staged
+from dhrd_plugin.models import heads, slim
+from dhrd_plugin.models.build import load_slim, merged_state, rebuild, without_weights
+from dhrd_plugin.models.network import DualHeadNetwork
+from dhrd_plugin.models.versions import DTYPE, config_from, is_taken_for_another, save_tokenizer, tokenizer_class
+
+_NETWORK = 'model.'  # its name inside a HuggingFaceModel
+_TOKENIZER_FILE = re.compile(r'[\w.+ -]+\.(json|txt|model|jinja|py)')  # those that Composer stores
+# Of a tokenizer.json: a sharded checkpoint loses what is empty, and without these it cannot be read.
+_NEEDED = {'TemplateProcessing': {'single': [], 'pair': [], 'special_tokens': {}}, 'BPE': {'vocab': {}, 'merges': []}}
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+def write_slim(
+    metadata: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    out: str | Path,
+    dtype: torch.dtype | None = None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
+    onnx: bool = False,
+    live: nn.Module | None = None,
+) -> Path:
+    """Write a slim classifier from a model's full state.
+
+    A ``linear`` head over the ``last`` token becomes the backbone's plain Hugging Face
+    ``...ForSequenceClassification``, where the tokenizer never ends an input in its pad token: the stock class
+    pools the last token that is not that one, whatever the mask says. Any other becomes a
+    :class:`~dhrd_plugin.models.slim.SlimClassifier` whose code travels in the folder and loads with
+    ``trust_remote_code=True``. Neither needs this package.
+
+    A model that :func:`~dhrd_plugin.apply_reasoning_head` was applied to becomes the stock classifier
+    that it was, adapters merged.
+
+    The folder is loaded and asked a few rows before it appears: one that does not answer as the model does is not
+    published.
+
+    Args:
+        metadata: of :meth:`~dhrd_plugin.ComposerDualHeadClassifier.get_metadata`, or of a ``HuggingFaceModel``.
+        state: the whole state dict of the model inside, on the CPU, names as in that model.
+        out: the folder; appears whole or not at all, and at the end replaces an earlier export that stood there.
+        dtype: of the weights. Default: as they are.
+        metrics: for the model card, by evaluation set and name. Default: none are known.
+        onnx: add ``model.onnx`` when the folder is published (:func:`add_onnx`). Default: ``False``.
+        live: the model inside itself, which is asked the same rows. Default: one rebuilt from metadata and state.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: ``out`` is taken by something else, or cannot be written; weights that are not finite; an export
+            that differs from the model; a tokenizer's file in the metadata that is none; an ONNX file that cannot be
+            made.
+    """
+    check_place(out)
+    out = Path(out)
+    model = _rebuild(metadata, state)
+    with _restored_tokenizer(metadata.get('tokenizer'), _pad_token_id(metadata)) as tokenizer, staged(out) as folder:
+        pad_last = ends_in_pad(tokenizer, _pad_token_id(metadata))
+        lm: Any = getattr(model, 'causal_lm', model)
+        inputs = probe_rows(tokenizer, len(lm.get_input_embeddings().weight), _pad_token_id(metadata), pad_last)
+        asked, expected = _ask(live, model, inputs)
+        flaw = None
+        stock = not pad_last and not is_taken_for_another(tokenizer, lm.config)
+        for config, weights in _forms(model, metadata, stock):
+            _empty(folder)
+            _write_model(config, _cast(config, weights, dtype), tokenizer, folder)
+            flaw = find_difference(folder, list(weights), asked, inputs, expected, tokenizer)
+            if flaw is None:
+                break
+        else:
+            raise UserError(f'{out}: not written, as it would not answer as the model does: {flaw}')
+        card = model_card(metadata, metrics, isinstance(config, slim.SlimClassifierConfig))
+        (folder / 'README.md').write_text(card, encoding='utf-8')
+        replace_folder(folder, out, foreign)
+    if onnx:
+        add_onnx(out)
+    return out
+
+
+def _rebuild(metadata: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """The model that metadata and state describe; its weights share the state's memory."""
+    model = rebuild(metadata) if 'dhrd' in metadata else _rebuild_stock(metadata)
+    if 'dhrd' not in metadata:  # the reasoning head that it was given
+        state = {name: value for name, value in state.items() if 'lm_head' not in name.split('.')}
+    check_finite(state)
+    with user_errors('the weights do not fit the description of the model', RuntimeError):
+        model.load_state_dict(dict(state), assign=True)
+    return model
+
+
+def _ask(live: nn.Module | None, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Tensor]:
+    """The live model and its logits; those of the rebuilt one where there is none, or it cannot be asked alone."""
+    if live is not None:
+        with suppress(Exception):  # attention of 16 bits refuses the fp32 weights of mixed precision
+            return live, ask(live, inputs)
+    with user_errors('the model cannot be run on the CPU, to compare its export with it', kind=True):
+        return model, ask(model, inputs)
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not finite: nothing can be classified with them."""
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f'{name}: found weights that are not finite; expected those of a training that converged')
+
+
+def _pad_token_id(metadata: Mapping[str, Any]) -> int | None:
+    return metadata.get('dhrd', metadata['model']['config']['content']).get('pad_token_id')
+
+
+def _forms(
+    model: nn.Module, metadata: Mapping[str, Any], stock: bool
+) -> Iterator[tuple[PretrainedConfig, dict[str, Tensor]]]:
+    """Config and weights of each class that the model may be written as, the one to prefer first."""
+    if not isinstance(model, DualHeadNetwork):
+        config = model.config
+        config.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].__name__]  # pyright: ignore
+        yield config, _merged_stock_state(model)  # pyright: ignore
+        return
+    common = _common(metadata['dhrd'])
+    weights, head = merged_state(model), model.classifier.state_dict()
+    backbone = model.config
+    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(backbone), None)
+    if stock and kind is not None and model.classifier.kind == 'linear' and model.pooling == 'last':
+        architecture = kind.__name__  # pyright: ignore
+        config = type(backbone)(**{**backbone.to_dict(), **common, 'architectures': [architecture]})
+        prefix = model.causal_lm.base_model_prefix
+        yield config, {f'{prefix}.{k}': v for k, v in weights.items()} | {'score.weight': head['out_proj.weight']}
+    config = slim.SlimClassifierConfig(
+        backbone=backbone,
+        head=model.classifier.kind,
+        pooling=model.pooling,
+        classifier_dropout=model.classifier.dropout.p,
+        classifier_norm=model.classifier.norm is not None,
+        hidden_size=model.lm_head.weight.shape[1],
+        architectures=['SlimClassifier'],
+        auto_map={
+            'AutoConfig': 'slim.SlimClassifierConfig',
+            'AutoModelForSequenceClassification': 'slim.SlimClassifier',
+        },
+        **{DTYPE: getattr(backbone, DTYPE)},
+        **common,
+    )
+    yield config, {f'backbone.{k}': v for k, v in weights.items()} | {f'classifier.{k}': v for k, v in head.items()}
+
+
+def _common(settings: Mapping[str, Any]) -> dict[str, Any]:
+    labels = settings['label_names']
+    return {
+        'id2label': dict(enumerate(labels)),
+        'label2id': {name: index for index, name in enumerate(labels)},
+        'pad_token_id': settings['pad_token_id'],
+        'dhrd': {key: settings.get(key) for key in ('task', 'markers', 'max_seq_len')},
+    }
+
+
+def _rebuild_stock(metadata: Mapping[str, Any]) -> nn.Module:
+    """A Hugging Face classifier, with its adapters, without weights."""
+    config = config_from(metadata['model']['config']['content'])
+    with without_weights():
+        model: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        if 'peft_config' in metadata['model']:
+            import peft
+
+            settings = peft.PeftConfig.from_peft_type(**metadata['model']['peft_config']['content'])
+            model = peft.get_peft_model(model, settings)
+    return model
+
+
+def _merged_stock_state(model: nn.Module) -> dict[str, Tensor]:
+    """PEFT's own unloading: these adapters may be of any of its kinds, unlike those of ``build.merged_state``."""
+    if not hasattr(model, 'merge_and_unload'):
+        return model.state_dict()
+    # Merging changes weights in place, and these may be the live ones.
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    return model.merge_and_unload().state_dict()  # pyright: ignore
+
+
+def _cast(config: PretrainedConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
+    if dtype is None:
+        return weights
+    setattr(config, DTYPE, dtype)
+    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    check_finite(cast)  # fp16 ends at 65504
+    return cast
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def _write_model(config: PretrainedConfig, weights: Mapping[str, Tensor], tokenizer: Any, folder: Path) -> None:
+    if tokenizer is not None:
+        # Without it transformers' pipeline loads no tokenizer for a model type that it does not know.
+        config.tokenizer_class = tokenizer_class(type(tokenizer).__name__)
+        with user_errors(f'{folder}: cannot be written'):  # tokenizers raises a plain Exception
+            # Several templates are files of a folder otherwise.
+            save_tokenizer(tokenizer, folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
+    config.save_pretrained(folder)
+    if isinstance(config, slim.SlimClassifierConfig):
+        for module in (slim, heads):
+            shutil.copy(str(module.__file__), folder)
+    owned = {name: _owned(value) for name, value in weights.items()}
+    with user_errors(f'{folder}: cannot be written', SafetensorError):  # what the operating system refused
+        save_torch_state_dict(owned, folder, metadata={'format': 'pt'}, force_contiguous=False)
+    for path in folder.glob('*.safetensors'):
+        shutil.copymode(folder / 'config.json', path)  # safetensors lets nobody else read
+
+
+def add_onnx(folder: str | Path) -> None:
+    """Add ``model.onnx`` to a slim export, in fp32, of dynamic batch and length.
+
+    Args:
+        folder: of :func:`write_slim`; on failure it stays as it is.
+
+    Raises:
+        UserError: the model cannot be written so, or ONNX Runtime does not answer as it does.
+    """
+    folder = Path(folder)
+    with staged(folder) as scratch, user_errors('onnx'):
+        try:
+            model = load_slim(folder, attn_implementation='eager', **{DTYPE: torch.float32})
+            write_onnx(model, scratch / NAME)
+            check_answers(model, scratch / NAME)
+        except Exception as error:
+            raise UserError(
+                f'onnx: {one_line(error, kind=not isinstance(error, UserError))}; the export in {folder} is whole '
+                f'without {NAME}'
+            ) from error
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name == NAME):  # its weights first
+            os.replace(path, folder / path.name)
+
+
+def network_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of the model inside a ``HuggingFaceModel``, from its whole state dict.
+
+    Args:
+        state: of the ``HuggingFaceModel``; anything that is not a tensor is left out.
+
+    Returns:
+        Names as in the model inside.
+    """
+    return {
+        name.removeprefix(_NETWORK): value
+        for name, value in state.items()
+        if name.startswith(_NETWORK) and isinstance(value, Tensor)
+    }
+
+
+def _owned(value: Tensor) -> Tensor:
+    """A contiguous tensor that is all of its storage; FSDP gathers into padded ones, which safetensors refuses."""
+    value = value.contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
+@contextmanager
+def _restored_tokenizer(files: Mapping[str, Any] | None, pad_token_id: int | None) -> Iterator[Any]:
+    """The tokenizer of a model's metadata as an export has it; ``None`` where there is none."""
+    if not files:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as scratch:  # some tokenizers copy their files from here when they are saved
+        with user_errors('tokenizer: cannot be restored from the metadata'):
+            tokenizer = _restore_tokenizer(files, Path(scratch))
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
+            tokenizer.padding_side = 'right'
+        yield tokenizer
+
+
+def _restore_tokenizer(files: Mapping[str, Mapping[str, Any]], folder: Path) -> Any:
+    """The tokenizer, from the files that a ``HuggingFaceModel`` put into its metadata; code among them is left out."""
+    for name, file in files.items():
+        # A checkpoint of an older Composer has the names without their suffixes.
+        name = name if name.endswith(file['file_extension']) else name + file['file_extension']
+        if not _TOKENIZER_FILE.fullmatch(name):
+            raise UserError(
+                f'tokenizer: found a file named {one_line(name)!r}; expected a plain name such as vocab.txt'
+            )
+        if not name.endswith('.py'):
+            (folder / name).write_bytes(_content(name, file['content']))
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _content(name: str, content: Any) -> bytes:
+    if name == 'tokenizer.json':
+        content = {'added_tokens': [], **_with_empty(content)}
+    if name == 'tokenizer_config.json':
+        content = {**content, 'tokenizer_class': tokenizer_class(content.get('tokenizer_class'))}
+    if name.endswith('.json'):
+        content = json.dumps(content)
+    elif name.endswith('.txt'):  # its lines
+        content = ''.join(f'{line}\n' for line in content)
+    return content.encode() if isinstance(content, str) else content
+
+
+def _with_empty(content: Any) -> Any:
+    """The content of a ``tokenizer.json`` with the empty lists and mappings that a sharded checkpoint has lost."""
+    if isinstance(content, list):
+        return [_with_empty(value) for value in content]
+    if not isinstance(content, Mapping):
+        return content
+    if dict(content) == {'type': 'Sequence'}:  # of nothing
+        return None
+    kind = content.get('type')
+    needed = _NEEDED.get(kind, {}) if isinstance(kind, str) else {}
+    return {**needed, **{key: _with_empty(value) for key, value in content.items()}}

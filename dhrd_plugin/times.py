@@ -1,0 +1,27 @@
+"""Composer's time strings, checked."""
+
+from typing import Any
+
+from dhrd_plugin.errors import UserError
+
+
+def parse_time(text: Any, key: str, least: float = 0) -> Any:
+    """A :class:`composer.Time` of a time string.
+
+    Args:
+        text: a number and a unit: ``'2ep'``, ``'40ba'``, ``'0.5dur'`` ...
+        key: what the message begins with.
+        least: the smallest number that is right. Default: 0.
+
+    Raises:
+        UserError: it is none, or its number is below ``least``.
+    """
+    from composer import Time
+
+    try:
+        time = Time.from_timestring(text)
+    except Exception:  # of many kinds
+        raise UserError(f"{key}: found {text!r}; expected a Composer time string such as '2ep' or '40ba'") from None
+    if not least <= time.value < float('inf'):
+        raise UserError(f'{key}: found {text!r}; expected a time of {least} or more')
+    return time

@@ -1,0 +1,155 @@
+"""What a training run says: before it begins, while its stages last, and when it is done."""
+
+import importlib.metadata
+import math
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from composer import Trainer
+from composer.loggers import InMemoryLogger
+from composer.utils import dist, format_name_with_dist
+
+from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss
+from dhrd_plugin.callbacks.drop_reasoning_head import compute_metrics
+from dhrd_plugin.callbacks.token_counter import TokenCounter
+from dhrd_plugin.files import write_json
+from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
+from dhrd_plugin.streams.stream import TripletStream
+from dhrd_plugin.training.config import Config, used, written
+from dhrd_plugin.training.display import steps_of_fit
+from dhrd_plugin.training.loggers import mlflow_run
+
+SUMMARY = 'summary.json'
+LOG = '{run_name}/logs-rank{rank}.txt'  # where Composer's FileLogger writes, if it is not told
+SERIES = ('loss/train/', 'dhrd/', 'metrics/')  # what a summary keeps of an InMemoryLogger
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note how many seconds the ``with`` block took."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[stage] = round(time.monotonic() - start, 3)
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if dist.get_global_rank() == 0:
+        print(text, flush=True)
+
+
+def describe(trainer: Trainer, model: ComposerDualHeadClassifier, config: Config) -> str:
+    """One line: what will be trained."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    loader = trainer.state.train_dataloader
+    rows = loader.dataset.epoch_size if loader is not None else 0  # pyright: ignore
+    batches = len(loader) if loader is not None else 0  # pyright: ignore
+    steps = steps_of_fit(trainer.state.max_duration, batches)
+    ranks = dist.get_world_size()
+    reasoning = [repr(part) for part in trainer.state.algorithms if isinstance(part, AuxiliaryReasoningLoss)]
+    method = ''.join(reasoning) or 'pooled baseline, no reasoning loss'
+    return (
+        f'{config.run_name}: {parameters:,} parameters, {trainable:,} trained; '
+        f'{rows:,} rows, {batches:,} steps an epoch, {config.max_duration}{f" = {steps:,} steps" if steps else ""}, '
+        f'{ranks} rank{"s" if ranks > 1 else ""}; {method}'
+    )
+
+
+def finish(
+    config: Config,
+    trainer: Trainer,
+    counter: TokenCounter,
+    streams: Mapping[str, Sequence[TripletStream]],
+    seconds: Mapping[str, float],
+) -> None:
+    """Write ``summary.json``, and print what was reached and what to type next.
+
+    ``streams`` are the rows of each loader, by its key; ``seconds`` those of each stage.
+    """
+    places = {key: [_place(stream) for stream in found] for key, found in streams.items()}
+    summary = {**summarize(config, trainer, counter), 'data': places, 'seconds': dict(seconds)}
+    path = Path(config.output_dir) / SUMMARY
+    write_json(path, summary)
+    if (log := log_file(config)) is not None:
+        print(f'log: {log}')
+    if config.save_folder is not None:
+        print(f'checkpoints: {format_name_with_dist(config.save_folder, config.run_name)}')
+    for label, metrics in summary['metrics'].items():
+        values = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
+        print(f'{label}: {values}')
+    print(f'summary: {path}')
+    if tracked := mlflow_run(trainer.logger):
+        print(f'mlflow: {tracked}')
+    if summary['export']:
+        print(f'slim classifier: {summary["export"]}')
+        print(f'try: {_command()} predict {summary["export"]} {shlex.quote(_example(trainer))}', flush=True)
+
+
+def _place(stream: TripletStream) -> str:
+    """The folder of a set of shards; the stream itself reads it through a link of this run."""
+    return str(Path(stream.local, stream.split).resolve())
+
+
+def log_file(config: Config) -> Path | None:
+    """What this rank's FileLogger writes, if the config has one."""
+    logger = used(config.loggers).get('file')
+    if logger is None:
+        return None
+    return Path(format_name_with_dist(logger.get('filename', LOG), config.run_name))
+
+
+def summarize(config: Config, trainer: Trainer, counter: TokenCounter) -> dict[str, Any]:
+    """What a run did, as plain data; the series of an InMemoryLogger, if there is one, to six digits."""
+    state = trainer.state
+    export = used(config.callbacks).get('drop_reasoning_head')
+    versions = ('dhrd-plugin', 'torch', 'transformers', 'mosaicml', 'mosaicml-streaming', 'peft')
+    steps = int(state.timestamp.batch)
+    summary = {
+        'run_name': config.run_name,
+        'metrics': {
+            label: {name: _number(value) for name, value in values.items()}
+            for label, values in compute_metrics(state).items()
+        },
+        'rows': int(state.timestamp.sample),
+        'steps': steps,
+        **counter.final,
+        'seconds_per_step': round(state.timestamp.total_wct.total_seconds() / max(1, steps), 3),
+        'world_size': dist.get_world_size(),
+        'versions': {'python': sys.version.split()[0], **{name: importlib.metadata.version(name) for name in versions}},
+        'export': export and str(export['output_dir']),
+        'config': written(config),
+    }
+    for logger in trainer.logger.destinations:
+        if isinstance(logger, InMemoryLogger):
+            summary['series'] = {
+                name: [[int(time.batch), float(f'{float(value):.6g}')] for time, value in values]
+                for name, values in sorted(logger.data.items())
+                if name.startswith(SERIES)
+            }
+    return summary
+
+
+def _number(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
+
+
+def _command() -> str:
+    """``dhrd`` as it can be typed here: by its path where its environment is not active."""
+    return 'dhrd' if shutil.which('dhrd') else os.path.relpath(Path(sys.executable).with_name('dhrd'))
+
+
+def _example(trainer: Trainer) -> str:
+    """An input text of the evaluation rows, else of the training rows."""
+    for evaluator in trainer.state.evaluators:
+        return evaluator.dataloader.dataloader.dataset[0]['input_text']  # pyright: ignore
+    return trainer.state.train_dataloader.dataset[0]['input_text']  # pyright: ignore

@@ -1,0 +1,121 @@
+"""A comparison's YAML becomes cells, or one line that says what is wrong; committed results are of committed YAMLs."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from plans import COMPARISON, SHORT, load, write
+from runs import ROOT, write_run
+
+from dhrd_plugin.comparison.cells import main
+from dhrd_plugin.comparison.plan import build_cells, load_comparison
+from dhrd_plugin.comparison.results import PLAN, RESULTS, read_lines
+
+COMMITTED = sorted(path.stem for path in (ROOT / 'yamls/compare').glob('*.yaml'))
+DATA = 'variables.data=../shared/data'  # by which the committed results were made; a path counts
+
+
+@pytest.fixture(scope='module')
+def run_folder(tmp_path_factory):
+    """A model, rows and the YAML of a small run."""
+    return write_run(tmp_path_factory.mktemp('compare')).parent
+
+
+@pytest.mark.parametrize('name', COMMITTED)
+def test_committed_results_are_of_the_committed_yaml(name):
+    """Needs no data: whether there are any is asked when a cell is about to run."""
+    comparison = load_comparison(ROOT / f'yamls/compare/{name}.yaml', [DATA])
+    found = {(line['task'], line['arm'], line['seed']): line['fingerprint'] for line in read_lines(results(name))}
+    assert found == {cell.key: cell.fingerprint for cell in build_cells(comparison)}
+    assert comparison.output_dir == f'runs/compare/{name}'  # a run in a fresh clone starts with none of them
+
+
+@pytest.mark.parametrize('name', COMMITTED)
+def test_committed_results_are_reported_as_they_were(name, tmp_path, capsys):
+    for file in (PLAN, RESULTS):
+        shutil.copy(results(name).with_name(file), tmp_path)
+    assert main([str(ROOT / f'yamls/compare/{name}.yaml'), f'output_dir={tmp_path}', '--report']) == 0
+    capsys.readouterr()
+    assert (tmp_path / 'report.md').read_bytes() == results(name).with_name('report.md').read_bytes()
+    assert (tmp_path / PLAN).read_bytes() == results(name).with_name(PLAN).read_bytes()
+
+
+def results(name: str) -> Path:
+    return ROOT / 'results' / name / RESULTS
+
+
+@pytest.mark.parametrize(
+    'changes, same',
+    [
+        ({'model': {'head': 'mlp', 'chunk_size': 256}}, True),  # as by default
+        ({'progress_bar': True, 'loggers': {'console': {}}}, True),  # what is shown is not what is found
+        ({'model': {'chunk_size': 64}}, False),
+        ({'model': {'lora': {'r': 2}}}, False),
+        ({'max_seq_len': 32}, False),
+    ],
+)
+def test_a_fingerprint_is_of_what_a_result_depends_on(run_folder, tmp_path, changes, same):
+    def fingerprint(task):
+        return build_cells(load(run_folder, tmp_path, tasks={'tiny': task}))[0].fingerprint
+
+    assert (fingerprint({**SHORT, **changes}) == fingerprint(SHORT)) is same
+
+
+def test_null_leaves_a_task_or_an_arm_out_and_says_so(run_folder, tmp_path, capsys):
+    path = write(run_folder, output_dir=str(tmp_path), tasks={'tiny': SHORT, 'other': SHORT}, seeds=[1])
+    overrides = ['tasks.other=null', 'arms.shuffled=null']
+    cells = build_cells(load_comparison(path, overrides))
+    assert [cell.key for cell in cells] == [('tiny', 'pooled', 1), ('tiny', 'dhrd', 1)]
+    tasks, arms = capsys.readouterr().out.splitlines()
+    assert tasks.endswith('tasks: left out, being null: other')
+    assert arms.endswith('arms: left out, being null: shuffled')
+    load_comparison(path, overrides, quiet=True)
+    assert capsys.readouterr().out == ''
+
+
+def test_a_dot_in_the_name_of_an_arm_is_part_of_it(run_folder, tmp_path):
+    arms = {'pooled': None, 'dhrd_0': {}, 'dhrd_0.3': {}}
+    path = write(run_folder, output_dir=str(tmp_path), arms=arms, baseline='dhrd_0')
+    assert list(load_comparison(path, ['arms.dhrd_0.3=null']).arms) == ['dhrd_0']
+    assert load_comparison(path, ['arms.dhrd_0.3.seed=5']).arms == {'dhrd_0': {}, 'dhrd_0.3': {'seed': 5}}
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'sedes': [1]}, "sedes: unknown key; did you mean 'seeds'?"),
+        ({'seeds': ['a']}, 'seeds'),
+        ({'arms': {}}, 'arms: found none; expected at least one'),
+        ({'tasks': {'tiny': None}}, 'tasks: found none; expected at least one'),
+        ({'baseline': 'poled'}, "baseline: found 'poled'; did you mean 'pooled'?"),
+        ({'tasks': {'a/b': {}}}, "tasks: found 'a/b'; expected a name of letters"),
+        ({'base': 'absent.yaml'}, 'absent.yaml: no such file'),
+        ({'arms': {'pooled': {'train_loader': {'contrl': 'x'}}}}, 'arms.pooled: train_loader.contrl: unknown key'),
+        ({'arms': {'pooled': {'train_loader': {'control': 'Only'}}}}, "train_loader.control: found 'Only'"),
+        ({'tasks': {'tiny': {'max_duration': 'long'}}}, 'max_duration: found'),
+        ({'tasks': {'tiny': {'eval_loaders': {'validation': None}}}}, 'tasks.tiny.eval_loaders: found none'),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_run(run_folder, tmp_path, capsys, changes, message):
+    assert main([str(write(run_folder, output_dir=str(tmp_path / 'out'), **changes))]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_comparison_without_a_base_is_told_in_one_line(run_folder, tmp_path, capsys):
+    path = tmp_path / 'comparison.yaml'
+    OmegaConf.save(OmegaConf.create({key: value for key, value in COMPARISON.items() if key != 'base'}), path)
+    assert main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert 'comparison.yaml: base: ' in error and error.count('\n') == 1
+
+
+def test_what_is_no_yaml_or_no_override_is_told_in_one_line(run_folder, tmp_path, capsys):
+    (tmp_path / 'broken.yaml').write_text('arms: [')
+    assert main([str(tmp_path / 'broken.yaml')]) == 2
+    assert main([str(write(run_folder)), 'seeds']) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert 'broken.yaml: not valid YAML: ' in first
+    assert second == 'error: seeds: expected an override of the form key=value'

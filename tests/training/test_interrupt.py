@@ -1,0 +1,42 @@
+"""Ctrl-C in a training: one line, which says how to go on, and exit status 130."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from forks import Popen
+from runs import finish, launch, wait_for, write_run
+
+from dhrd_plugin import cli
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_ctrl_c_in_a_training(tmp_path, ranks):
+    path = write_run(tmp_path / 'run')
+    start = subprocess.Popen if ranks == 2 else Popen  # which forks
+    process = launch(path, tmp_path, 'max_duration=50ep', ranks=ranks, start=start)
+    assert wait_for(process, lambda: any(tmp_path.glob('out/checkpoints/ep*.pt')))
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to the launcher too
+    output = finish(process)
+    assert process.returncode == 130, output[-3000:]
+    line = 'interrupted; start it again to go on from the last checkpoint in out/checkpoints'
+    assert [found for found in output.splitlines() if 'interrupted' in found] == [line]
+    assert 'dhrd_plugin' not in output  # no traceback of ours; the composer command prints one of its own
+    assert 'Traceback' not in output or ranks == 2
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), SystemExit(130)])  # without and with Composer
+def test_ctrl_c_in_any_verb(error, capsys):
+    def work():
+        raise error
+
+    assert cli.run(work) == 130
+    assert capsys.readouterr().err == 'interrupted\n'
+
+
+def test_another_exit_is_left_alone():
+    with pytest.raises(SystemExit) as raised:
+        cli.run(lambda: sys.exit(143))
+    assert raised.value.code == 143
