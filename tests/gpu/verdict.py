@@ -66,16 +66,19 @@ def run_stage(args: Any, name: str, overrides: list[str], seconds: float, todo: 
     """Hand out the cells of a comparison, and keep what comes back until the time is over. Returns the comparison."""
     end = time.monotonic() + seconds
     from dhrd_plugin.comparison.cells import _append
-    from dhrd_plugin.comparison.plan import load_comparison, write_plan
+    from dhrd_plugin.comparison.plan import build_cells, load_comparison, write_plan
     from dhrd_plugin.comparison.results import RESULTS
+    from dhrd_plugin.models.pretrained import resolve
 
-    path = ROOT / 'yamls' / 'compare' / f'{name}.yaml'
+    path = Path(os.path.relpath(ROOT), 'yamls', 'compare', f'{name}.yaml')  # it stands in the plan
     tasks = list(load_comparison(path).tasks)
-    overrides = [o.replace('.*', f'.{task}', 1) for o in overrides for task in (tasks if 'tasks.*' in o else tasks[:1])]
+    overrides = [found for override in overrides for found in spread(override, tasks)]
     comparison = load_comparison(path, [*overrides, f'output_dir={args.out / name}'])
     write_plan(comparison)
     print(f'{name}: {" ".join(overrides)}', flush=True)
     keys = [(t, a, s) for s in comparison.seeds for t in comparison.tasks for a in comparison.arms]
+    model = build_cells(comparison, path, only=keys[0])[0].config.model
+    resolve(model.pretrained_model_name_or_path)  # converts a package's weights: once, not in every worker
     for key in keys:
         todo.put((name, str(path), overrides, key))
     left = set(keys)
@@ -100,6 +103,11 @@ def run_stage(args: Any, name: str, overrides: list[str], seconds: float, todo: 
         f'{name}: {len(keys) - len(left)} of {len(keys)} cells in {seconds - end + time.monotonic():.0f} s', flush=True
     )
     return comparison
+
+
+def spread(override: str, tasks: list[str]) -> list[str]:
+    """An override of ``tasks.*`` as one of each task."""
+    return [override.replace('tasks.*', f'tasks.{task}') for task in tasks] if 'tasks.*' in override else [override]
 
 
 def score(record: dict[str, Any]) -> float:
@@ -146,6 +154,7 @@ def work(todo: Any, done: Any, scratch: Path, port: int) -> None:
     from dhrd_plugin.comparison.plan import EXPORT, build_cells, load_comparison
 
     ranks.end_with_parent()
+    os.fsync = lambda _: None  # an export is read once and removed: it need not reach the disk
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     open_classifier = evaluate.open_classifier
