@@ -1,13 +1,12 @@
 """The verdict on e-SNLI (yamls/compare/esnli.yaml) on one GPU: its cells by many processes that each start only once.
 
-    python tests/gpu/verdict.py --sweep 150 --verdict 240 --workers 16 --out OUT variables.data=DATA \
-        'tasks.*.model.padding_free=false'
+    python tests/gpu/verdict.py --sweep 150 --verdict 240 --workers 16 --out OUT [variables.rows=FOLDER]
 
 The first stage runs esnli_lr.yaml and chooses each arm's learning rate, that of the best mean over the seeds on the dev
-rows; the second runs esnli.yaml with these. OUT/NAME holds a comparison's plan and results, which
-``dhrd compare --report`` reads. Unlike ``dhrd compare``, exports are evaluated on the GPU (in TF32) and not drawn. Each
-stage ends when its seconds are over; cells come one seed of all arms after another. Overrides are those of
-``dhrd compare``, of both comparisons; ``tasks.*`` stands for each task.
+rows; the second runs esnli.yaml with these. OUT/NAME holds a comparison's plan and results, which ``dhrd compare
+--report`` reads. Unlike there, exports are evaluated on the GPU (in TF32) and no picture of them is drawn. Each stage
+ends when its seconds are over; cells come one seed of all arms after another. Overrides are those of ``dhrd compare``,
+for both comparisons; ``tasks.*`` stands for each task.
 """
 
 import argparse
@@ -102,6 +101,8 @@ def run_stage(args: Any, name: str, overrides: list[str], seconds: float, todo: 
     print(
         f'{name}: {len(keys) - len(left)} of {len(keys)} cells in {seconds - end + time.monotonic():.0f} s', flush=True
     )
+    whole = [s for s in comparison.seeds if not any(key[2] == s for key in left)]
+    print(f'{name}: whole seeds: {whole}', flush=True)
     return comparison
 
 
