@@ -27,6 +27,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 PLANS = 'esnli_lr', 'esnli'  # of the two stages
+LIKE = 'label_first_0.3'  # whose learning rate the arms take that vary it
+VARIED = 'label_first_0.01', 'shuffled_rationales_0.3', 'shuffled_tokens_0.3', 'one_rationale_0.3'
 
 
 def main() -> None:
@@ -41,7 +43,9 @@ def main() -> None:
     try:
         overrides = list(args.overrides)
         if args.sweep:
-            overrides += pick(run_stage(args, PLANS[0], overrides, args.sweep, todo, done, workers))
+            chosen = pick(run_stage(args, PLANS[0], overrides, args.sweep, todo, done, workers))
+            overrides += [f'arms.{arm}.optimizer.lr={rate}' for arm, rate in chosen.items()]
+            overrides += [f'arms.{arm}.optimizer.lr={chosen[LIKE]}' for arm in VARIED if LIKE in chosen]
         if args.verdict:
             run_stage(args, PLANS[1], overrides, args.verdict, todo, done, workers)
     finally:
@@ -116,12 +120,12 @@ def score(record: dict[str, Any]) -> float:
     return statistics.mean(record['metrics'][name] for name in record['task_metrics'])
 
 
-def pick(comparison: Any) -> list[str]:
-    """The learning rates that the arms are run with, as overrides; prints how they were chosen."""
+def pick(comparison: Any) -> dict[str, float]:
+    """The learning rates that the arms are run with; prints how they were chosen."""
     from dhrd_plugin.comparison.results import read_results
 
     results = read_results(Path(comparison.output_dir))
-    chosen = []
+    chosen = {}
     print('mean (lowest to highest, seeds) by learning rate')
     for arm in comparison.arms:
         found = {t: {s: score(r) for s, r in results.cells((t, 'dev'), arm).items()} for t in comparison.tasks}
@@ -130,7 +134,7 @@ def pick(comparison: Any) -> list[str]:
         if not any(values.values()):
             continue
         best = max((t for t in values if values[t]), key=lambda t: statistics.mean(values[t]))
-        chosen.append(f'arms.{arm}.optimizer.lr={comparison.tasks[best]["optimizer"]["lr"]}')
+        chosen[arm] = comparison.tasks[best]['optimizer']['lr']
         told = [
             f'{t} {statistics.mean(v):.3f} ({min(v):.3f} to {max(v):.3f}, {len(v)})' for t, v in values.items() if v
         ]
