@@ -76,12 +76,11 @@ def _together(common: Any, names: Sequence[str], end: float, args: Any) -> int:
             found, status = os.waitpid(pid, os.WNOHANG)
             late = not found and time.time() > last
             if late:
-                with suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
             if not found and not late:
                 continue
-            with suppress(ProcessLookupError):  # what it left behind
+            with suppress(ProcessLookupError):  # what it leaves behind
                 os.killpg(pid, signal.SIGKILL)
             del begun[pid]
             how = {'error': f'killed after {time.time() - start:.0f} s'} if late else {'status': status}

@@ -1,11 +1,9 @@
 """The product as its users run it: the command, the export, a kill; Composer's loop, its waits, compile_config."""
 
 import collections
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +12,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import torch
 from benchmarks import steps
 from benchmarks.measure import interleave, ratios
@@ -54,21 +53,15 @@ def composer(folder, *more):
     command = [sys.executable, found] if found else [sys.executable, '-m', 'composer.cli.launcher']
     words = [*command, 'scripts/train.py', 'yamls/rte.yaml', *overrides(folder, *more)]
     with open(f'{folder}.txt', 'w') as file:
-        return subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=file, stderr=file)
 
 
 def kill(process):
     """End a command and its ranks at once, as the system does where memory runs out."""
-    for pid in _below(process.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
     process.wait()
-
-
-def _below(pid):
-    """A process and all that it started."""
-    children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
-    return [pid, *(found for child in children for found in _below(int(child)))]
 
 
 def run(folder, *more):
@@ -85,6 +78,8 @@ def broken_run(folder, *more):
     process, saved = composer(folder, *more), folder / 'checkpoints'
     while process.poll() is None and not list(saved.glob('ep*ba*')):
         time.sleep(0.05)
+    if process.poll() is not None:
+        raise RuntimeError(f'ended before it was killed: {Path(f"{folder}.txt").read_text()[-400:]}')
     kill(process)
     found = sorted(path.name for path in saved.glob('ep*ba*'))
     run(folder, *more, 'autoresume=true')
@@ -92,7 +87,8 @@ def broken_run(folder, *more):
 
 
 def weights(folder):
-    return load_file(next((folder / 'slim').glob('*.safetensors')))
+    (file,) = (folder / 'slim').glob('*.safetensors')
+    return load_file(file)
 
 
 def furthest(one, other):
