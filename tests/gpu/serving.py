@@ -8,7 +8,6 @@ import torch
 from benchmarks.infer import ask_pipeline, prompt
 from benchmarks.material import build_classifier
 from gpu.common import LAYERS, MODEL, TINY, device, emit, median_ms, on_gpu, rows, section, sync, tokenizer, told
-from transformers import AutoTokenizer
 
 from dhrd_plugin.export.load import open_classifier
 from dhrd_plugin.export.write import write_slim
@@ -58,7 +57,7 @@ def predict():
             one_query(slim, tok, many[0], name)
     with told('predict', way='pipeline'):
         model = load_slim(folder).to(device())
-        pipe, some = ask_pipeline(model, AutoTokenizer.from_pretrained(folder)), many[:512]
+        pipe, some = ask_pipeline(model, slim.tokenizer), many[:512]
         ms = median_ms(lambda: pipe(some), 0.5, 1, 3)
         emit('predict', model='135M', way='pipeline', precision='float32', rows=32, rows_s=1000 * len(some) / ms)
 

@@ -87,8 +87,6 @@ def speed():
             weights = [p for p in model.parameters() if p.requires_grad]
             step = stepper(model, torch.optim.AdamW(weights, lr=1e-5, fused=on_gpu()), on_gpu(), reasoning)
             batches = list(itertools.islice(collated(task, tok, found, size).dataloader, 4))
-            if not reasoning:  # then only the input is run
-                batches = [_inputs(batch) for batch in batches]
             step(batches[0])
             held = peak_mib(lambda: step(batches[0]))
             turn = itertools.cycle(batches)
@@ -97,14 +95,14 @@ def speed():
             step(batches[0])
             host = 1000 * (time.perf_counter() - start)
             sync()
-            emit('speed', **what, ms=ms, host_ms=host, peak_mib=held, **figures(model, batches, ms, lora))
+            counted = batches if reasoning else [_inputs(batch) for batch in batches]
+            emit('speed', **what, ms=ms, host_ms=host, peak_mib=held, **figures(model, counted, ms, lora))
 
 
 def _inputs(batch):
-    """A batch without rationales: columns behind the last pooled token are left out, and count as padding."""
+    """What is run of a batch without the reasoning loss: the tokens up to the pooled one, and no target."""
     real = torch.arange(batch['input_ids'].shape[1]) <= batch['pool_index'][:, None]
-    kept = {key: value for key, value in batch.items() if key not in ('reasoning_labels', 'spans', 'rationale_cut')}
-    return {**kept, 'attention_mask': batch['attention_mask'] * real}
+    return {'labels': batch['labels'], 'attention_mask': batch['attention_mask'] * real}
 
 
 @section(100)
