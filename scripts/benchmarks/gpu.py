@@ -146,11 +146,60 @@ def table(lines: Sequence[Line]) -> str:
     steps = [line for line in lines if line['section'] in SPEED and 'ms' in line]
     if steps:
         parts.append(tabulate([_step(line) for line in steps], COLUMNS, tablefmt='github', disable_numparse=True))
+    parts.append(tabulate(bars(lines), ('What', 'Bar', 'Found', 'Met'), tablefmt='github', disable_numparse=True))
     others = [line for line in lines if line not in steps and line['section'] not in ('env', 'section')]
     for name, found in groupby(sorted(others, key=lambda line: line['section']), lambda line: line['section']):
         parts.append(f'### {name}\n\n' + '\n'.join(_plain(list(found))))
     ended = [f'{line["name"]} {line.get("seconds", 0)} s' for line in lines if line['section'] == 'section']
     return '\n\n'.join([*parts, 'Sections: ' + ', '.join(ended)])
+
+
+def bars(lines: Sequence[Line]) -> list[list[str]]:
+    """What was promised: its name, its bar, what was found (empty where nothing was), and whether it is met."""
+    # Of speeds the best, as the YAML can choose the way; of what should be little the worst.
+    fast = {'speed': {'trained': 'whole', 'reasoning': True}, 'shapes': {'trained': 'whole'}}
+
+    def best(section: str, key: str, of: Any = max, **given: Any) -> float | None:
+        given = {**fast.get(section, {}), **given}
+        found = [line for line in lines if line['section'] == section and line.get(key) is not None]
+        return of((line[key] for line in found if all(line.get(k) == v for k, v in given.items())), default=None)
+
+    def divided(one: float | None, other: float | None) -> float | None:
+        return one / other if one and other else None
+
+    one, padded = (best('speed', 'rows_s', way=way, rows=64) for way in ('one kernel', 'padded'))
+    loss = {'section': 'loss_memory', 'key': 'of_full', 'of': min}  # of the best chunk size
+    found = [
+        ('135M, whole, bf16: MFU of real tokens', 0.25, best('speed', 'mfu'), True),
+        ('1B: MFU', 0.40, best('shapes', 'mfu', model='1B'), True),
+        ('8B: MFU', 0.45, best('shapes', 'mfu', model='8B'), True),
+        ('padding_free against padded, 64 rows: rows a second', 1.8, divided(one, padded), True),
+        (
+            'memory of the reasoning loss against full logits, LM head frozen',
+            0.1,
+            best(**loss, head_trained=False),
+            False,
+        ),
+        ('the same, LM head trained (its gradient counted in both)', 0.1, best(**loss, head_trained=True), False),
+        ('predict, 230 tokens: rows a second', 3000, best('predict', 'rows_s', way='dhrd predict'), True),
+        ('predict against chain of thought', 142, best('chain_of_thought', 'ratio'), True),
+        ("Composer's loop against a bare loop", 1.05, best('composer_loop', 'ratio'), False),
+        ('waits of ours in a step', 0, best('syncs', 'ours'), False),
+        ('labels of an export that differ from the live model in fp32', 0, best('export', 'labels_export_live'), False),
+    ]
+    return [
+        [
+            what,
+            f'at {"least" if more else "most"} {bar:g}',
+            _number(value),
+            '' if value is None else _met(value, bar, more),
+        ]
+        for what, bar, value, more in found
+    ]
+
+
+def _met(value: float, bar: float, more: bool) -> str:
+    return 'yes' if (value >= bar if more else value <= bar) else 'no'
 
 
 def _machine(lines: Sequence[Line]) -> str:

@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -202,12 +203,10 @@ def composer_loop():
             # What begins and ends a fit and an epoch is not of the loop.
             mine = through.seconds[-len(spent['bare']) :]
             many = count // size
-            ms = {
-                name: 1000 * sorted(values)[len(values) // 2] / many
-                for name, values in (('composer', mine), ('bare', spent['bare']))
-            }
+            halves = {'composer': mine, 'bare': spent['bare']}
+            ms = {name: round(1000 * statistics.median(values) / many, 2) for name, values in halves.items()}
             ratio = sorted(ratios(mine, spent['bare']))
-            emit('composer_loop', padding_free=free, rows=size, ms=ms, ratio=ratio[len(ratio) // 2], ratios=ratio)
+            emit('composer_loop', padding_free=free, rows=size, ms=ms, ratio=statistics.median(ratio), ratios=ratio)
             through.trainer.close()
 
 
