@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassCo
 from transformers.utils import logging
 
 from dhrd_plugin import files, ranks
-from dhrd_plugin.cli import Parser, number, run
+from dhrd_plugin.cli import Parser, run
 from dhrd_plugin.data.inspect import read_shards
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.data.triplet import Triplet
@@ -20,7 +20,7 @@ from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.export.load import Classifier, open_classifier
 from dhrd_plugin.metrics import build_metrics
-from dhrd_plugin.predict import predict
+from dhrd_plugin.predict import add_speed, predict
 from dhrd_plugin.streams.index import INDEX
 from dhrd_plugin.streams.remote import is_remote
 
@@ -38,7 +38,8 @@ def report_on(
     task: str | None = None,
     split: str | None = None,
     output: str | Path | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
+    precision: str = 'fp32',
 ) -> dict[str, Any] | None:
     """Evaluate a classifier on rows with labels, as ``dhrd evaluate`` does. Every rank has to call it.
 
@@ -49,7 +50,8 @@ def report_on(
         split: of a task's folder or a hub data set.
         output: a folder for ``report.json``, ``predictions.jsonl`` and two PNGs, which replace those of an earlier
             report when all are finished; what else is there stays. Default: nothing is written.
-        batch_size: rows to a forward pass, at most. Default: 32.
+        batch_size: see :func:`~dhrd_plugin.predict.predict`.
+        precision: likewise. Default: ``'fp32'``.
 
     Returns:
         On rank 0 the report of :func:`evaluate`; elsewhere ``None``.
@@ -72,7 +74,7 @@ def report_on(
     rows = [row for place in data for row in _checked(read_data(place, template, split), template, place)]
     if not rows:
         raise UserError(f'{", ".join(map(str, data))}: found no rows')
-    probabilities = predict_rows(classifier, rows, template, batch_size)
+    probabilities = predict_rows(classifier, rows, template, batch_size, precision)
     if ranks.rank() != 0:
         return None
     report = evaluate(probabilities, rows, template)
@@ -100,7 +102,9 @@ def read_data(place: str | Path, task: Task, split: str | None = None) -> list[T
     return list(read_triplets(str(place), task, split=split))
 
 
-def predict_rows(classifier: Classifier, rows: Sequence[Triplet], task: Task, batch_size: int = 32) -> Tensor:
+def predict_rows(
+    classifier: Classifier, rows: Sequence[Triplet], task: Task, batch_size: int | None = None, precision: str = 'fp32'
+) -> Tensor:
     """[N, K] probabilities of N rows, in the order of the task's labels; every rank calls it with the same rows."""
     order, step = label_order(classifier.label_names, task.label_names), ranks.world_size()
     mine = rows[ranks.rank() :: step]
@@ -108,7 +112,7 @@ def predict_rows(classifier: Classifier, rows: Sequence[Triplet], task: Task, ba
     found: Tensor | str = torch.zeros(0, len(order))
     try:
         if mine:
-            found = predict(classifier.model, classifier.tokenizer, texts, batch_size, places)
+            found = predict(classifier.model, classifier.tokenizer, texts, batch_size, places, precision)
     except UserError as error:  # told by all ranks: none waits for one that has gone
         found = str(error)
     probabilities = torch.zeros(len(rows), len(order))
@@ -332,7 +336,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--task', help='a shipped task or a template; default: the one stored with the model')
     parser.add_argument('--split', help='of a task folder or a hub data set')
     parser.add_argument('--output', type=Path, help='a folder for report.json, predictions.jsonl and two PNGs')
-    parser.add_argument('--batch-size', type=number(int, 1), default=32)
+    add_speed(parser)
     return parser.parse_args(argv)
 
 

@@ -20,8 +20,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of ``linear(hidden)`` for each row of a batch; one chunk of logits is alive at a time.
 
     Both gradients are known, up to the factor of each row, as soon as a chunk's logits are, so the forward
-    pass keeps them and no logits are computed twice. For weight and bias that takes rows of one factor, as a
-    mean over the batch gives them; where rows are weighed, the backward pass computes their logits again. So it
+    pass keeps them and no logits are computed twice. For weight and bias that takes rows of one factor, as
+    :func:`weighted_mean` gives them; where rows are weighed, the backward pass computes their logits again. So it
     does in fp16, where a gradient without the scaler's factor would be too small to be kept.
 
     In half precision the sum over several chunks is one in fp32, [V, H] for the weight, and rounded once at its
@@ -86,7 +86,8 @@ class _Gradients:
         """Give each token the factor of its row; ``False`` where weight and bias must be added up anew."""
         grad_hidden, grad_weight, grad_bias = self.values
         first = factors[:1].sum()
-        whole = (grad_weight is None and grad_bias is None) or bool((factors == first).all())
+        alike = len(factors) == 1 or factors.stride(0) == 0  # one number, expanded: nothing to wait for
+        whole = alike or (grad_weight is None and grad_bias is None)
         if grad_hidden is not None and whole:
             grad_hidden.mul_(factors[rows, None])
         for grad in (grad_weight, grad_bias):
@@ -178,7 +179,12 @@ def _row_losses(
 
 
 def chunked_lm_loss(
-    hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None, chunk_size: int = 256
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    chunk_size: int = 256,
+    num_targets: int | None = None,
 ) -> Tensor:
     """Next-token loss of each sequence, a mean over its supervised tokens (Eq. 1 and 3).
 
@@ -193,14 +199,21 @@ def chunked_lm_loss(
         weight: [V, H] weight of the LM head.
         bias: [V] or ``None``.
         chunk_size: supervised tokens whose logits are computed at a time. Default: 256.
+        num_targets: how many labels are supervised, where the host knows it. Default: read from ``labels``, for
+            which it waits for a GPU.
 
     Returns:
         [B] losses in nats a token; 0 where a sequence has no target, still attached to the graph.
     """
     targets = labels[:, 1:]
-    rows, columns = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(labels)).clamp(min=1)
-    return _row_losses(hidden[rows, columns], weight, bias, targets[rows, columns], rows, counts, chunk_size)
+    supervised = targets != IGNORE_INDEX
+    counts = supervised.sum(1)
+    size = int(counts.sum()) if num_targets is None else num_targets
+    flat = torch.nonzero_static(supervised.flatten(), size=size).squeeze(1)
+    rows = flat // max(targets.shape[1], 1)
+    states = hidden.flatten(0, 1).index_select(0, flat + rows)  # a row has one state more than targets
+    targets = targets.flatten().index_select(0, flat)
+    return _row_losses(states, weight, bias, targets, rows, counts.clamp(min=1), chunk_size)
 
 
 def weighted_mean(losses: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -217,7 +230,12 @@ def weighted_mean(losses: Tensor, weights: Tensor | None = None) -> Tensor:
     Returns:
         A scalar.
     """
-    return losses.mean() if weights is None else (weights * losses).mean()
+    return _mean(losses if weights is None else weights * losses)
+
+
+def _mean(losses: Tensor) -> Tensor:
+    # Unlike that of `mean` its gradient is one number, expanded: the chunked loss sees that the rows count alike.
+    return losses.sum() / losses.numel()
 
 
 def soft_cross_entropy(
@@ -266,4 +284,4 @@ def combine_losses(classification: Tensor, reasoning: Tensor, alpha: float = 1.0
     Returns:
         The scalar to back-propagate.
     """
-    return beta * classification + alpha * reasoning.mean()
+    return beta * classification + alpha * _mean(reasoning)

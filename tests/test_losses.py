@@ -78,7 +78,9 @@ def test_logits_are_computed_once(frozen, factors):
     labels = torch.randint(53, (3, 8))
     weight.requires_grad_(not frozen)
     inputs = (state,) if frozen else (state, weight)
-    upstream = torch.full((3,), 0.25).double() if factors == 'of one size' else torch.tensor([1.0, -2.0, 0.0]).double()
+    upstream = (
+        torch.tensor(0.25).double().expand(3) if factors == 'of one size' else torch.tensor([1.0, -2.0, 0.0]).double()
+    )
     loss = chunked_lm_loss(state.view(3, 8, -1), labels, weight, chunk_size=5)
     logits = F.linear(state, weight).view(3, 8, -1)[:, :-1].transpose(1, 2)
     expected = grads(F.cross_entropy(logits, labels[:, 1:], reduction='none').mean(1), upstream, *inputs)

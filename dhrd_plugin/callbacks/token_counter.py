@@ -10,30 +10,33 @@ from composer.utils import dist
 from torch import Tensor
 
 from dhrd_plugin.models.composer_model import RETURN_REASONING_LOSS
-from dhrd_plugin.models.network import upto
+from dhrd_plugin.models.extent import Extent
+from dhrd_plugin.models.network import DualHeadNetwork, upto
 
 
-def count_padding(batch: Mapping[str, Any], padding_free: bool = False) -> Tensor:
-    """Count the tokens that the network runs of a microbatch, and how many of them are padding.
+def count_padding(batch: Mapping[str, Any], network: DualHeadNetwork | None = None) -> Tensor:
+    """Count the tokens that a network runs of a microbatch, and how many of them are padding.
 
     It runs the columns in which any row has a real token; where the reasoning loss is not asked for, a
     rationale's tokens do not count as real (:meth:`.DualHeadNetwork.forward`).
 
     Args:
         batch: of :class:`~dhrd_plugin.TripletCollator`, with what the algorithm asked for.
-        padding_free: whether the network runs the real tokens alone. Default: ``False``.
+        network: which may run the real tokens alone. Default: one that runs the padding too.
 
     Returns:
-        [2] whole numbers, on the batch's device, so that nothing waits for them: tokens run, padding.
+        [2] whole numbers, on the CPU: tokens run, padding.
     """
-    real = batch['attention_mask'].bool()
-    if not (batch.get(RETURN_REASONING_LOSS) and 'reasoning_labels' in batch):
-        real = real & upto(real, batch['pool_index'])
-    columns = real.any(0)
-    between = columns.cumsum(0).bool() & columns.flip(0).cumsum(0).flip(0).bool()
-    tokens = real.sum()
-    run = tokens if padding_free else between.sum() * len(real)
-    return torch.stack([run, run - tokens])
+    mask, spans = batch['attention_mask'], batch.get('spans')
+    reason = bool(batch.get(RETURN_REASONING_LOSS)) and 'reasoning_labels' in batch
+    if spans:
+        extent = Extent.of(spans, reason)
+    else:
+        extent = Extent.read(mask if reason else mask * upto(mask, batch['pool_index']))
+    run = len(mask) * (extent.last - extent.first)
+    if network is not None and network.runs_unpadded(extent):
+        run = extent.tokens
+    return torch.tensor([run, run - extent.tokens])
 
 
 class TokenCounter(Callback):
@@ -44,7 +47,7 @@ class TokenCounter(Callback):
 
     Attributes:
         cuts: this rank's counts of ``rationales_cut`` and ``rationale_tokens_cut``.
-        ran: [2] tokens that this rank ran, and how many of them were padding; on the device of its batches.
+        ran: [2] tokens that this rank ran, and how many of them were padding.
     """
 
     def __init__(self) -> None:
@@ -74,8 +77,7 @@ class TokenCounter(Callback):
         """Count the padding in one microbatch of this rank."""
         del logger
         model: Any = getattr(state.model, 'module', state.model)
-        count = count_padding(state.batch, model.network.runs_unpadded(state.batch['attention_mask']))
-        self.ran = self.ran.to(count.device) + count
+        self.ran = self.ran + count_padding(state.batch, model.network)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Log the counts of all ranks."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dhrd_plugin.data.triplet import BadRow, check_probabilities, check_text, check_weight, spell
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import IGNORE_INDEX
+from dhrd_plugin.models.extent import Span
 from dhrd_plugin.models.verbalizer import spoken
 
 LAYOUTS = ('reason_first', 'label_first')
@@ -81,7 +82,8 @@ class TripletCollator:
         rationale_max_tokens: longest rationale, in tokens, without markers. Default: no limit.
 
     Returns (of a call):
-        ``input_ids``, ``attention_mask`` [B, S]; ``pool_index``, ``labels`` [B]; and only where a
+        ``input_ids``, ``attention_mask`` [B, S]; ``pool_index``, ``labels`` [B]; ``spans``, B tuples that say on the
+        host where a row begins, its input and it end, and how many tokens are supervised; and only where a
         row of the batch asks for it ``reasoning_labels`` [B, S], -100 where unsupervised, and
         ``rationale_cut`` [B], tokens cut (where the empty rationale does not fit, those of marker and
         answer). Where a row has ``probabilities``, ``label_probabilities`` [B, K], 0 in the other rows; such a row may
@@ -130,7 +132,7 @@ class TripletCollator:
         self.layout = layout
         self.rationale_max_tokens = rationale_max_tokens
 
-    def __call__(self, triplets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, triplets: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate a list of triplets; see the class."""
         batch = self.lay_out(self.encode(triplets))
         batch['labels'] = torch.tensor([self._class(triplet) for triplet in triplets])
@@ -148,14 +150,15 @@ class TripletCollator:
             batch['classification_weight'] = batch['reasoning_weight']
         return batch
 
-    def lay_out(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    def lay_out(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Pad encoded rows to the longest; returns the batch without what is not in their tokens, such as labels."""
         lengths = [len(row.input_ids) for row in rows]
         starts = [max(lengths) - length if self.padding_side == 'left' else 0 for length in lengths]
-        batch = {
+        batch: dict[str, Any] = {
             'input_ids': self._pad([row.input_ids for row in rows], self.tokenizer.pad_token_id),
             'attention_mask': self._pad([[1] * length for length in lengths], 0),
             'pool_index': torch.tensor([start + row.input_length - 1 for start, row in zip(starts, rows)]),
+            'spans': [_span(start, row) for start, row in zip(starts, rows)],
         }
         if any(row.labels for row in rows):
             labels = [row.labels or [IGNORE_INDEX] * len(row.input_ids) for row in rows]
@@ -234,6 +237,11 @@ class TripletCollator:
 
     def _pad(self, rows: list[list[int]], value: Any) -> Tensor:
         return pad_sequence([torch.tensor(row) for row in rows], True, value, self.padding_side)
+
+
+def _span(start: int, row: Encoded) -> Span:
+    end, targets = start + len(row.input_ids), len(row.labels) - row.labels.count(IGNORE_INDEX)
+    return start, start + row.input_length, end, targets
 
 
 def group_index(group: str) -> int:

@@ -1,5 +1,7 @@
 """A batch of triplets as Composer counts and cuts it."""
 
+from typing import Any
+
 from composer.core import DataSpec
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,18 +27,25 @@ def triplet_data_spec(dataloader: DataLoader, by_length: bool = False) -> DataSp
     )
 
 
-def _count_tokens(batch: dict[str, Tensor]) -> dict[str, int]:
+def _count_tokens(batch: dict[str, Any]) -> dict[str, int]:
     return {'total': int(batch['attention_mask'].sum()), 'loss_generating': len(batch['labels'])}
 
 
-def split(batch: dict[str, Tensor], microbatch_size: float) -> list[dict[str, Tensor]]:
+def split(batch: dict[str, Any], microbatch_size: float) -> list[dict[str, Any]]:
     """Cut a batch into microbatches of so many rows, the last perhaps of fewer, in the order of the rows."""
     size = int(microbatch_size)
     starts = range(0, len(batch['labels']), size)
     return [{key: value[start : start + size] for key, value in batch.items()} for start in starts]
 
 
-def split_by_length(batch: dict[str, Tensor], microbatch_size: float) -> list[dict[str, Tensor]]:
+def split_by_length(batch: dict[str, Any], microbatch_size: float) -> list[dict[str, Any]]:
     """Cut a batch as :func:`split` does, the rows sorted by their number of real tokens."""
     order = batch['attention_mask'].sum(1).argsort(stable=True)
-    return split({key: value[order] for key, value in batch.items()}, microbatch_size)
+    return split({key: _in_order(value, order) for key, value in batch.items()}, microbatch_size)
+
+
+def _in_order(rows: Tensor | list, order: Tensor) -> Tensor | list:
+    if not isinstance(rows, Tensor):
+        return [rows[index] for index in order.tolist()]
+    # Pinned memory, which a copy to a GPU does not wait for, stays pinned.
+    return rows[order].pin_memory() if rows.is_pinned() else rows[order]

@@ -1,11 +1,13 @@
 """Open a classifier, wherever it stands."""
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from dhrd_plugin.errors import UserError, one_line, user_errors
@@ -34,7 +36,7 @@ def open_classifier(place: str | Path) -> Classifier:
             sharded, here or in an object store.
 
     Returns:
-        The classifier, on the CPU.
+        The classifier, on this rank's GPU where there is one. An ONNX file runs on the CPU.
 
     Raises:
         UserError: it is none of these, or cannot be read.
@@ -62,7 +64,7 @@ def _is_checkpoint(place: str | Path) -> bool:
 
 def _from_folder(folder: Path, place: str | Path, onnx: Path | None = None) -> Classifier:
     with user_errors(f'{place}: cannot be loaded'):
-        model: Any = load_slim(folder) if onnx is None else OnnxClassifier(onnx)
+        model: Any = load_slim(folder).to(_device()) if onnx is None else OnnxClassifier(onnx)
         # The config, which transformers 5 would read as one of another type.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
         names: dict[int, str] = dict(model.config.id2label)
@@ -73,6 +75,12 @@ def _from_folder(folder: Path, place: str | Path, onnx: Path | None = None) -> C
             f'{place}: config.json: id2label: found {one_line(names)}; expected a name for each class, from 0'
         )
     return Classifier(model, tokenizer, labels, task)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device('cpu')
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
 
 
 def _are_texts(labels: Sequence[Any]) -> bool:

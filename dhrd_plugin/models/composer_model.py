@@ -17,7 +17,7 @@ from dhrd_plugin.models.network import DualHeadNetwork, DualHeadOutput
 from dhrd_plugin.models.versions import pad_token_of
 
 RETURN_REASONING_LOSS = 'return_reasoning_loss'
-_INPUTS = ('input_ids', 'attention_mask', 'pool_index', 'reasoning_labels', RETURN_REASONING_LOSS)
+_INPUTS = ('input_ids', 'attention_mask', 'pool_index', 'reasoning_labels', RETURN_REASONING_LOSS, 'spans')
 
 
 def describe(model: HuggingFaceModel) -> dict[str, Any]:
@@ -103,6 +103,8 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
     def loss(self, outputs: DualHeadOutput, batch: Mapping[str, Any]) -> Tensor:  # pyright: ignore
         """Compute the classification loss (Eq. 2), a mean over the B samples, weighted where the batch has weights."""
         assert outputs.logits is not None
+        if self.class_weights is not None:  # it stands beside the network, which alone FSDP moves
+            self.class_weights = self.class_weights.to(outputs.logits.device)
         losses = soft_cross_entropy(
             outputs.logits,
             batch['labels'],

@@ -69,8 +69,8 @@ def pool(hidden: Tensor, attention_mask: Tensor, pool_index: Tensor, pooling: st
 class ClassificationHead(nn.Module):
     """[B, H] pooled states to [B, K] logits.
 
-    The head stays in its own precision (fp32) under autocast: it is small, and its logits are
-    compared with each other.
+    The head runs in fp32, under autocast and also where FSDP hands it weights in half precision: it is small, and
+    its logits are compared with each other.
 
     Args:
         hidden_size: H.
@@ -112,9 +112,17 @@ class ClassificationHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """[B, H] to [B, K]."""
         with torch.autocast(pooled.device.type, enabled=False):
-            pooled = pooled.to(self.out_proj.weight.dtype)
+            dtype = torch.promote_types(self.out_proj.weight.dtype, torch.float32)
+            pooled = pooled.to(dtype)
             if self.norm is not None:
-                pooled = self.norm(pooled)
+                norm = self.norm
+                weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
+                pooled = nn.functional.layer_norm(pooled, norm.normalized_shape, weight, bias, norm.eps)
             if self.kind == 'mlp':
-                pooled = nn.functional.gelu(self.dense(self.dropout(pooled)))
-            return self.out_proj(self.dropout(pooled))
+                pooled = nn.functional.gelu(_linear(self.dense, self.dropout(pooled)))
+            return _linear(self.out_proj, self.dropout(pooled))
+
+
+def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(states.dtype)
+    return nn.functional.linear(states, layer.weight.to(states.dtype), bias)

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import chunked_lm_loss
 from dhrd_plugin.models import padding_free as unpadded
+from dhrd_plugin.models.extent import Extent, Span
 from dhrd_plugin.models.heads import POOLINGS, ClassificationHead, last_hidden_state, last_real_index, pool
 from dhrd_plugin.models.probe import check_decoder, decoder_of, left_padding, text_lm
 from dhrd_plugin.models.verbalizer import begin_as_answers
@@ -129,6 +130,7 @@ class DualHeadNetwork(nn.Module):
         pool_index: Tensor | None = None,
         reasoning_labels: Tensor | None = None,
         return_reasoning_loss: bool = False,
+        spans: Sequence[Span] | None = None,
     ) -> DualHeadOutput:
         """Both heads from one pass; only the input span where the reasoning loss is not asked for.
 
@@ -138,6 +140,8 @@ class DualHeadNetwork(nn.Module):
             pool_index: [B] position of the last *input* token. Default: the last real token.
             reasoning_labels: [B, S] token ids aligned with ``input_ids``, -100 where unsupervised.
             return_reasoning_loss: run the rationale and return its loss.
+            spans: where each of the B rows lies, as the collator knows it. Default: read from the tensors, for
+                which the host waits for a GPU.
 
         Returns:
             ``logits`` [B, K], and ``reasoning_loss`` [B] where it was asked for.
@@ -147,15 +151,18 @@ class DualHeadNetwork(nn.Module):
         reason = return_reasoning_loss and reasoning_labels is not None
         if not reason:
             attention_mask = attention_mask * upto(attention_mask, pool_index)
-        first, last = real_columns(attention_mask)
+        extent = Extent.of(spans, reason) if spans else Extent.read(attention_mask, reasoning_labels)
+        first, last = extent.first, extent.last
         input_ids, attention_mask = input_ids[:, first:last], attention_mask[:, first:last]
-        if not self.pads_left and not attention_mask[:, 0].all():
+        if not self.pads_left and not extent.from_left:
             raise left_padding(self.causal_lm)
-        hidden = self._last_hidden_state(input_ids, attention_mask)
+        hidden = self._last_hidden_state(input_ids, attention_mask, extent)
         logits = self.classifier(pool(hidden, attention_mask, pool_index - first, self.pooling))
         if reason:
             labels = reasoning_labels[:, first:last]  # pyright: ignore
-            loss = chunked_lm_loss(hidden, labels, self.lm_head.weight, self.lm_head.bias, self.chunk_size)
+            loss = chunked_lm_loss(
+                hidden, labels, self.lm_head.weight, self.lm_head.bias, self.chunk_size, extent.targets
+            )
             return DualHeadOutput(logits=logits, reasoning_loss=loss)
         # DDP and FSDP expect a gradient for every parameter on every rank, also where this rank's
         # rows, or this step's alpha, leave the LM head unread. A tied one has that of the embedding.
@@ -168,14 +175,15 @@ class DualHeadNetwork(nn.Module):
             return DualHeadOutput(logits=logits, reasoning_loss=unread.expand(len(logits)))
         return DualHeadOutput(logits=logits + unread if unread.requires_grad else logits)
 
-    def runs_unpadded(self, attention_mask: Tensor) -> bool:
-        """Whether rows of this mask [B, S] are run without their padding."""
-        longest = self.longest_unpadded
-        return self.padding_free and (longest is None or int(attention_mask.sum(1).max()) <= longest)
+    def runs_unpadded(self, extent: Extent) -> bool:
+        """Whether such a batch is run without its padding."""
+        return self.padding_free and (self.longest_unpadded is None or extent.longest <= self.longest_unpadded)
 
-    def _last_hidden_state(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if self.runs_unpadded(attention_mask) and not attention_mask.all():
-            return unpadded.last_hidden_state(self.backbone, input_ids, attention_mask)
+    def _last_hidden_state(self, input_ids: Tensor, attention_mask: Tensor, extent: Extent) -> Tensor:
+        padded = extent.tokens < attention_mask.numel()
+        # Some decoders cut a mask to the number of tokens; the offsets of the rows are one more than rows.
+        if padded and self.runs_unpadded(extent) and extent.tokens > len(attention_mask):
+            return unpadded.last_hidden_state(self.backbone, input_ids, attention_mask, extent)
         return last_hidden_state(self.backbone, input_ids, attention_mask)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
@@ -192,9 +200,3 @@ class DualHeadNetwork(nn.Module):
 def upto(attention_mask: Tensor, pool_index: Tensor) -> Tensor:
     """Make a mask [B, S], bool, ``True`` up to and including ``pool_index`` [B]."""
     return torch.arange(attention_mask.shape[1], device=attention_mask.device) <= pool_index[:, None]
-
-
-def real_columns(attention_mask: Tensor) -> tuple[int, int]:
-    """Find the first, and one past the last, column of ``attention_mask`` [B, S] in which any row has a real token."""
-    columns = attention_mask.any(0).nonzero()
-    return int(columns[0]), int(columns[-1]) + 1

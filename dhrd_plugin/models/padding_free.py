@@ -1,8 +1,9 @@
 """Rows without their padding: the real tokens of a batch as one sequence, through a decoder that keeps rows apart.
 
 The name is TRL's, the layout that of transformers' ``DataCollatorWithFlattening``. Every layer but attention
-works on single tokens; attention takes each row by itself, causally and without a mask, which is the fast way
-of torch's ``scaled_dot_product_attention``. A block-diagonal mask over the whole sequence would cost its square.
+works on single tokens. Attention takes each row by itself, causally and without a mask: on a GPU, in half precision,
+all rows in one call of the flash attention that torch brings; elsewhere one after the other through
+``scaled_dot_product_attention``. A block-diagonal mask over the whole sequence would cost its square.
 """
 
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models import heads
+from dhrd_plugin.models.extent import Extent
 from dhrd_plugin.models.probe import HALF, decoder_of, distance, probe_rows, running, tolerance
 
 ATTENTION = 'padding_free'  # its name among transformers' attention functions
+_HALVES = (torch.bfloat16, torch.float16)
 # What configs and layers call the number of tokens that attention sees, and how many it sees in the probe.
 _WINDOWS = ('sliding_window', 'attention_chunk_size')
 _SHORT = HALF - 1
@@ -41,7 +44,8 @@ def attention(
         query: [1, heads, T, D], the rows one after the other.
         key: [1, key-value heads, T, D].
         value: as ``key``.
-        attention_mask: [1, 1, 1, B] whole numbers, the lengths of the rows; anything else is a mask for ``sdpa``.
+        attention_mask: int32 [1, 1, S, B + 1] of :func:`last_hidden_state`, where each row begins and the last one
+            ends, S the longest row; anything else is a mask for ``sdpa``.
         dropout: of the attention weights. Default: 0.
         scaling: of the products. Default: that of ``sdpa``.
         **kwargs: for ``sdpa``.
@@ -49,17 +53,51 @@ def attention(
     Returns:
         [1, T, heads, D], and no weights.
     """
-    if attention_mask is None or attention_mask.dtype != torch.long:
+    if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    window = kwargs.get('sliding_window')
-    lengths = attention_mask.flatten().tolist()
+    window, offsets = kwargs.get('sliding_window'), attention_mask[0, 0, 0]
+    if one_kernel(query, value):
+        return _flash(query, key, value, offsets, attention_mask.shape[2], dropout, scaling, window), None
+    lengths = offsets.diff().tolist()
     rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)))
     outputs = []
     for length, row in zip(lengths, rows):
+        if not length:
+            continue
         mask = None if window is None or length <= window else _band(length, window, query.device)
         options = {'dropout': dropout, 'scaling': scaling, 'is_causal': mask is None}
         outputs.append(sdpa_attention_forward(module, *row, mask, **options)[0])  # pyright: ignore
     return torch.cat(outputs, dim=1), None
+
+
+def one_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether flash attention takes such states [1, heads, T, D], on their device and in their precision."""
+    size = query.shape[-1]
+    return query.is_cuda and _precision(query) in _HALVES and size == value.shape[-1] and size % 8 == 0 and size <= 256
+
+
+def _precision(states: Tensor) -> torch.dtype:
+    """In which attention runs: under autocast its, also where norms and rotations have made the states fp32."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    longest: int,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """[1, T, heads, D] of all rows; the operator behind ``torch.nn.attention.varlen``, which torch 2.7 has not yet."""
+    dtype = _precision(query)
+    states = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
+    seen = {} if window is None else {'window_size_left': window - 1, 'window_size_right': 0}
+    flash = torch.ops.aten._flash_attention_forward
+    return flash(*states, offsets, offsets, longest, longest, dropout, True, False, scale=scaling, **seen)[0][None]
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
@@ -147,15 +185,26 @@ def _short_windows(causal_lm: PreTrainedModel) -> Iterator[None]:
             setattr(place, name, size)
 
 
-def last_hidden_state(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Compute [B, S, H] states of a decoder, after the final norm; 0 where ``attention_mask`` [B, S] is 0."""
-    real = attention_mask.bool()
-    lengths = real.sum(1)
-    positions = (attention_mask.cumsum(-1) - 1)[real]
+def last_hidden_state(
+    backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, extent: Extent | None = None
+) -> Tensor:
+    """Compute [B, S, H] states of a decoder, after the final norm; 0 where ``attention_mask`` [B, S] is 0.
+
+    Args:
+        backbone: a decoder whose attention is :func:`attention`.
+        input_ids: [B, S].
+        attention_mask: [B, S], 1 for real tokens.
+        extent: of the batch. Default: read from the mask, for which the host waits for a GPU.
+    """
+    extent = extent or Extent.read(attention_mask)
+    offsets = nn.functional.pad(attention_mask.sum(1).cumsum(0), (1, 0)).int()
+    flat = torch.nonzero_static(attention_mask.flatten(), size=extent.tokens).squeeze(1)
+    positions = (attention_mask.cumsum(-1) - 1).flatten()[flat]
     hidden = backbone(
-        input_ids=input_ids[real][None],
-        attention_mask=lengths[lengths > 0].cpu().view(1, 1, 1, -1),  # to be read in every layer
+        input_ids=input_ids.flatten()[flat][None],
+        attention_mask=offsets.expand(1, 1, extent.longest, -1),  # a mask's shape, in which the host reads the longest
         position_ids=positions[None],
         use_cache=False,
-    )[0]
-    return hidden.new_zeros(*real.shape, hidden.shape[-1]).index_put(real.nonzero(as_tuple=True), hidden[0])
+    )[0][0]
+    states = hidden.new_zeros(attention_mask.numel(), hidden.shape[-1]).index_copy(0, flat, hidden)
+    return states.view(*attention_mask.shape, -1)

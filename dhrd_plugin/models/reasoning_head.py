@@ -18,8 +18,9 @@ from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import chunked_lm_loss
 from dhrd_plugin.models.build import build_causal_lm, is_sequence_classifier
 from dhrd_plugin.models.composer_model import RETURN_REASONING_LOSS, ComposerDualHeadClassifier
+from dhrd_plugin.models.extent import Extent
 from dhrd_plugin.models.heads import decoder_inputs
-from dhrd_plugin.models.network import DualHeadNetwork, real_columns, upto
+from dhrd_plugin.models.network import DualHeadNetwork, upto
 from dhrd_plugin.models.probe import check_classifier, check_decoder, decoder_of, left_padding, pads_left
 from dhrd_plugin.models.verbalizer import begin_as_answers
 from dhrd_plugin.models.versions import pad_token_of
@@ -122,7 +123,7 @@ class ReasoningClassifier(PreTrainedModel):
     reasoning_chunk_size: int
     pads_left: bool = True
 
-    def forward(self, *args, pool_index=None, reasoning_labels=None, return_reasoning_loss=False, **kwargs):
+    def forward(self, *args, pool_index=None, reasoning_labels=None, return_reasoning_loss=False, spans=None, **kwargs):
         """Run the stock forward pass; unchanged where the batch carries no rationale.
 
         The stock code pools the last token that is not padding. So it is shown the input alone, with padding
@@ -133,6 +134,7 @@ class ReasoningClassifier(PreTrainedModel):
             pool_index: [B] position of the last *input* token; absent where no row has a rationale.
             reasoning_labels: [B, S] token ids aligned with ``input_ids``, -100 where unsupervised.
             return_reasoning_loss: run the rationale and return its loss.
+            spans: where each of the B rows lies; see :class:`~dhrd_plugin.TripletCollator`.
             **kwargs: of the stock forward pass, such as ``labels`` [B].
 
         Returns:
@@ -143,14 +145,17 @@ class ReasoningClassifier(PreTrainedModel):
                 out = super().forward(*args, **kwargs)  # pyright: ignore
             return self._output(out, return_reasoning_loss, kwargs)
         reason = return_reasoning_loss and reasoning_labels is not None
-        shown, read = self._inputs({**kwargs, 'reasoning_labels': reasoning_labels}, pool_index, reason)
+        mask = kwargs['attention_mask']
+        span = mask * upto(mask, pool_index)
+        extent = Extent.of(spans, reason) if spans else Extent.read(mask if reason else span, reasoning_labels)
+        shown, read = self._inputs({**kwargs, 'reasoning_labels': reasoning_labels}, span, extent, reason)
         labels = shown.pop('reasoning_labels')
         with reading(decoder_of(self), read) as states:
             out = super().forward(**shown)  # pyright: ignore
         if not reason:
             return self._output(out, return_reasoning_loss, kwargs)
         weight, bias = self.reasoning_head
-        loss = chunked_lm_loss(states[0], labels, weight, bias, self.reasoning_chunk_size)
+        loss = chunked_lm_loss(states[0], labels, weight, bias, self.reasoning_chunk_size, extent.targets)
         return ReasoningClassifierOutput(*_loss_and_logits(out, kwargs), reasoning_loss=loss)  # pyright: ignore
 
     @property
@@ -159,12 +164,10 @@ class ReasoningClassifier(PreTrainedModel):
         head = getattr(self, 'lm_head', None) or self.get_input_embeddings()
         return head.weight, getattr(head, 'bias', None)  # pyright: ignore
 
-    def _inputs(self, kwargs: Mapping[str, Any], pool_index: Tensor, reason: bool) -> tuple[dict, dict]:
+    def _inputs(self, kwargs: Mapping[str, Any], span: Tensor, extent: Extent, reason: bool) -> tuple[dict, dict]:
         """Inputs of the stock code, without columns that are all padding, and inputs of the backbone."""
-        ids, mask = kwargs['input_ids'], kwargs['attention_mask']
-        span = mask * upto(mask, pool_index)
-        first, last = real_columns(mask if reason else span)
-        if not self.pads_left and not mask[:, first].all():
+        ids, first, last = kwargs['input_ids'], extent.first, extent.last
+        if not self.pads_left and not extent.from_left:
             raise left_padding(self)
         shown = {
             key: value[:, first:last] if isinstance(value, Tensor) and value.shape == ids.shape else value
@@ -277,7 +280,7 @@ def _add_reasoning_head(
     inner._keys_to_ignore_on_save = type(inner)._keys_to_ignore_on_save  # transformers 5 reads a copy of its own
     inner.reasoning_chunk_size = chunk_size  # pyright: ignore
     inner.pads_left = pads_left(inner)  # pyright: ignore
-    model.model_forward_args |= {'pool_index', 'reasoning_labels', RETURN_REASONING_LOSS}
+    model.model_forward_args |= {'pool_index', 'reasoning_labels', RETURN_REASONING_LOSS, 'spans'}
     if head is None:
         return
     decoder, inner.lm_head = decoder_of(inner), head

@@ -132,7 +132,7 @@ def build_train_loader(
         # Workers that persist draw their seed from the generator once, in a resumed run as in a straight
         # one; drawn from the global state it would shift dropout.
         generator=torch.Generator() if loader.num_workers > 0 else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=on_gpu(config),
     )
     return triplet_data_spec(dataloader, by_length=True)
 
@@ -151,6 +151,7 @@ def build_evaluator(
         collate_fn=build_collator(config, task, tokenizer, reasoning=False, groups='em' in task.metrics),
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=on_gpu(config),
     )
     return Evaluator(
         label=label, dataloader=triplet_data_spec(dataloader), eval_interval=evaluation_schedule(config.eval_interval)

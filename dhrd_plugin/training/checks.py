@@ -159,6 +159,13 @@ def check_fsdp(config: Config, gpu: bool) -> None:
     frozen = config.model.lora is not None or config.model.freeze_backbone
     if version == 1 and settings.get('use_orig_params') is False and frozen:
         raise UserError('fsdp_config.use_orig_params: found false with frozen weights; expected true')
+    # Composer's default is the reentrant kind, which gives no gradient to what stands behind frozen weights.
+    reentrant = version == 1 and settings.get('activation_checkpointing_reentrant', True)
+    if settings.get('activation_checkpointing') and reentrant and frozen:
+        raise UserError(
+            'fsdp_config.activation_checkpointing: found with frozen weights, of which most adapters would not be '
+            'trained; expected activation_checkpointing_reentrant: false beside it'
+        )
 
 
 def on_gpu(config: Config) -> bool:

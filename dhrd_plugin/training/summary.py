@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from composer import Trainer
+from composer.core import Precision
+from composer.core.precision import get_precision_context
 from composer.loggers import InMemoryLogger
 from composer.utils import dist, format_name_with_dist
 
@@ -21,6 +23,8 @@ from dhrd_plugin.callbacks.drop_reasoning_head import compute_metrics
 from dhrd_plugin.callbacks.token_counter import TokenCounter
 from dhrd_plugin.files import write_json
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
+from dhrd_plugin.models.network import DualHeadNetwork
+from dhrd_plugin.models.padding_free import one_kernel
 from dhrd_plugin.streams.stream import TripletStream
 from dhrd_plugin.training.config import Config, used, written
 from dhrd_plugin.training.display import steps_of_fit
@@ -58,11 +62,21 @@ def describe(trainer: Trainer, model: ComposerDualHeadClassifier, config: Config
     ranks = dist.get_world_size()
     reasoning = [repr(part) for part in trainer.state.algorithms if isinstance(part, AuxiliaryReasoningLoss)]
     method = ''.join(reasoning) or 'pooled baseline, no reasoning loss'
+    way = way_of(model.network, trainer.state.precision) if model.network.padding_free else ''
     return (
         f'{config.run_name}: {parameters:,} parameters, {trainable:,} trained; '
         f'{rows:,} rows, {batches:,} steps an epoch, {config.max_duration}{f" = {steps:,} steps" if steps else ""}, '
-        f'{ranks} rank{"s" if ranks > 1 else ""}; {method}'
+        f'{ranks} rank{"s" if ranks > 1 else ""}; {method}{way and f"; padding_free, {way}"}'
     )
+
+
+def way_of(network: DualHeadNetwork, precision: Precision) -> str:
+    """How attention takes the rows of a batch without padding."""
+    config = network.config
+    size = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
+    states = next(network.parameters()).new_empty(0, size)
+    with get_precision_context(precision):
+        return 'all rows in one kernel' if one_kernel(states, states) else 'row by row'
 
 
 def finish(

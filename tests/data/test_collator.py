@@ -7,6 +7,8 @@ from tiny import LABELS, VOCAB, byte_tokenizer, tiny_tokenizer, triplet, triplet
 from dhrd_plugin.data.collator import Markers, TripletCollator
 from dhrd_plugin.data.data_spec import split, split_by_length, triplet_data_spec
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.models.extent import Extent
+from dhrd_plugin.models.network import upto
 
 ROW = {'id': '7', 'input_text': 'w1 w2 w3', 'label': 'no', 'answer': 'maybe', 'rationale': 'w4 w5'}
 NONE = -100
@@ -163,8 +165,20 @@ def test_a_batch(side):
     assert batch['pool_index'].tolist() == ([2, 0] if side == 'right' else [2, 7])
     assert batch['labels'].tolist() == [1, 2]
     assert batch['reasoning_labels'].tolist() == [[NONE, *long[1:]], [NONE] * 8]
+    assert batch.pop('spans') == ([(0, 3, 8, 7), (0, 1, 1, 0)] if side == 'right' else [(0, 3, 8, 7), (7, 8, 8, 0)])
     assert set(batch) == {'input_ids', 'attention_mask', 'pool_index', 'labels', 'reasoning_labels'}
     assert all(value.dtype == torch.int64 for value in batch.values())
+
+
+@pytest.mark.parametrize('side', ['right', 'left'])
+@pytest.mark.parametrize('reason', [True, False])
+def test_the_host_knows_where_the_rows_lie(side, reason):
+    batch = collator(padding_side=side)([*triplets(), triplet(0, 9, None)])
+    mask, labels = batch['attention_mask'], batch['reasoning_labels']
+    for rows in (slice(None), slice(3, 5), slice(8, 9)):
+        shown = mask[rows] if reason else mask[rows] * upto(mask[rows], batch['pool_index'][rows])
+        found = Extent.of(batch['spans'][rows], reason)
+        assert found == Extent.read(shown, labels[rows])
 
 
 @pytest.mark.parametrize('side', ['right', 'left'])
@@ -268,10 +282,12 @@ def test_microbatches_hold_every_row_once(cut, size):
     batch = {**collator()(triplets()), 'row': torch.arange(8)}
     parts = cut(batch, size)
     assert [len(part['labels']) for part in parts] == [min(size, 8 - start) for start in range(0, 8, size)]
-    whole = {key: torch.cat([part[key] for part in parts]) for key in batch}
+    spans = [span for part in parts for span in part.pop('spans')]
+    whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     order = whole['row']
     assert sorted(order.tolist()) == list(range(8))
-    assert all(torch.equal(whole[key], batch[key][order]) for key in batch)
+    assert spans == [batch['spans'][row] for row in order]
+    assert all(torch.equal(whole[key], batch[key][order]) for key in whole)
     lengths = whole['attention_mask'].sum(1).tolist()
     assert cut is split or lengths == sorted(lengths)
 

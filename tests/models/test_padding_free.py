@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from dhrd_plugin import load_config, train
 from dhrd_plugin.data.collator import LAYOUTS, TripletCollator
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.models.extent import Extent
 from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.models.padding_free import use_padding_free
 
@@ -78,7 +79,7 @@ def test_rows_longer_than_a_window(kind):
     other = copy.deepcopy(network)
     other.padding_free, other.longest_unpadded = True, use_padding_free(other.causal_lm)
     assert other.longest_unpadded == (8 if kind == 'llama4_text' else None)
-    assert other.runs_unpadded(batch['attention_mask']) == (kind != 'llama4_text')
+    assert other.runs_unpadded(Extent.read(batch['attention_mask'])) == (kind != 'llama4_text')
     found, grads = step(other, batch)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.reasoning_loss, expected.reasoning_loss, rtol=1e-5, atol=1e-5)

@@ -57,10 +57,10 @@ def passes(monkeypatch):
     found = []
     original = DualHeadNetwork._last_hidden_state
 
-    def note(self, input_ids, attention_mask):
+    def note(self, input_ids, attention_mask, extent):
         if self.training:
             found.append((input_ids.numel(), int(attention_mask.sum())))
-        return original(self, input_ids, attention_mask)
+        return original(self, input_ids, attention_mask, extent)
 
     monkeypatch.setattr(DualHeadNetwork, '_last_hidden_state', note)
     return found
@@ -92,7 +92,8 @@ def test_padding_by_hand(side, pools, asked, padding_free, expected):
     mask = torch.tensor(MASKS[side])
     batch = {'attention_mask': mask, 'pool_index': torch.tensor(pools), 'reasoning_labels': mask}
     batch[RETURN_REASONING_LOSS] = asked
-    assert count_padding(batch, padding_free).tolist() == expected
+    network = DualHeadNetwork(tiny_lm(), len(LABELS), padding_free=padding_free)
+    assert count_padding(batch, network).tolist() == expected
 
 
 @pytest.mark.parametrize('side', ['right', 'left'])
@@ -107,7 +108,7 @@ def test_padding_is_that_of_the_tokens_that_the_decoder_gets(side, asked, paddin
         lambda module, args, kwargs: given.append(kwargs['input_ids'].numel()), with_kwargs=True
     )
     network(*(batch[key] for key in ('input_ids', 'attention_mask', 'pool_index', 'reasoning_labels')), asked)
-    run, padding = count_padding(batch, network.padding_free).tolist()
+    run, padding = count_padding(batch, network).tolist()
     assert run == given[0]
     columns = torch.arange(batch['input_ids'].shape[1])
     read = batch['attention_mask'] if asked else batch['attention_mask'] * (columns <= batch['pool_index'][:, None])
