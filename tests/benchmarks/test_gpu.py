@@ -9,7 +9,7 @@ LINES = [
     {'section': 'env', 'cores': 16, 'gpu': {'name': 'A GPU'}, 'versions': {'torch': '2.11'}},
     {'section': 'env', 'bf16_tflops': 798.0, 'copy_tb_s': 3.0},
     {'section': 'speed', 'model': '135M', 'precision': 'bf16', 'trained': 'whole', 'way': 'padded', 'rows': 64}
-    | {'ms': 40.0, 'rows_s': 1600.0, 'tokens_s': 170_000.0, 'mfu': 0.251, 'peak_mib': 9000.0},
+    | {'ms': 40.0, 'rows_s': 1600.0, 'tokens_s': 170_000.0, 'mfu': 0.251, 'reasoning': True, 'peak_mib': 9000.0},
     {'section': 'speed', 'way': 'one kernel', 'error': 'RuntimeError: no kernel', 'where': []},
     {'section': 'section', 'name': 'speed', 'seconds': 12.5, 'status': 0},
 ]

@@ -8,6 +8,7 @@ import os
 import statistics
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from dhrd_plugin.models import padding_free as unpadded
 from dhrd_plugin.models.build import add_lora, build_causal_lm, build_tokenizer
 from dhrd_plugin.models.composer_model import RETURN_REASONING_LOSS, ComposerDualHeadClassifier
 from dhrd_plugin.models.network import DualHeadNetwork
+from dhrd_plugin.training import builders, run
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -78,18 +80,12 @@ def told(name, /, **what):
     try:
         yield
     except Exception as error:
-        frames = [f'{Path(f.filename).name}:{f.lineno}' for f in _frames(error)]
+        frames = [f'{Path(f.filename).name}:{f.lineno}' for f in traceback.extract_tb(error.__traceback__)]
         emit(name, **what, error=f'{type(error).__name__}: {error}'[:500], where=frames[-5:])
     finally:
         gc.collect()
         if on_gpu():
             torch.cuda.empty_cache()
-
-
-def _frames(error):
-    import traceback
-
-    return traceback.extract_tb(error.__traceback__)
 
 
 def found_by(function):
@@ -264,8 +260,6 @@ def overrides(folder, *more):
 
 def trained(*more, watch=None):
     """A run by ``dhrd_plugin.training.run.train``: the trainer, its losses, its summary and its folder."""
-    from dhrd_plugin.training import builders, run
-
     folder = Path(tempfile.mkdtemp(prefix='dhrd_gpu_'))
     quiet = ['progress_bar=false', 'log_to_console=false', 'eval_interval=0', 'loggers={in_memory: {}}']
     config = load_config(ROOT / 'yamls' / 'rte.yaml', overrides(folder, *quiet, *more))

@@ -31,6 +31,7 @@ from gpu.common import (
     way_of,
 )
 
+from dhrd_plugin import TripletCollator
 from dhrd_plugin.losses import linear_cross_entropy
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
 from dhrd_plugin.models.network import DualHeadNetwork
@@ -72,8 +73,6 @@ def gradients(model, batch, where, half):
 @section(90, alone=False)
 def parity_tiny():
     """Two layers of every kind, by each way, against fp64 on the CPU."""
-    from dhrd_plugin import TripletCollator
-
     batch = TripletCollator(tiny.tiny_tokenizer(), tiny.LABELS)(tiny.triplets(8))
 
     def make(kind, free):

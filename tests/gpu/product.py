@@ -19,6 +19,8 @@ from benchmarks import steps
 from benchmarks.measure import interleave, ratios
 from composer.core import Callback
 from gpu.common import (
+    LAYERS,
+    MODEL,
     ROOT,
     TINY,
     Clock,
@@ -35,6 +37,11 @@ from gpu.common import (
     trained,
 )
 from safetensors.torch import load_file
+from torch import _dynamo as dynamo
+
+from dhrd_plugin.export.load import open_classifier
+from dhrd_plugin.models.build import build_causal_lm
+from dhrd_plugin.predict import predict
 
 STEPS = 8 if TINY else 40
 WHOLE = ('model.lora=null', 'optimizer.lr=5e-5')
@@ -151,9 +158,6 @@ def verb_on(place, verb):
 @section(60, alone=False)
 def export():
     """The exported classifier against the live model, after a run in bf16: probabilities and labels."""
-    from dhrd_plugin.export.load import open_classifier
-    from dhrd_plugin.predict import predict
-
     for lora in (True, False):
         with told('export', lora=lora):
             trainer, series, _, folder = trained(f'max_duration={STEPS}ba', *(() if lora else WHOLE))
@@ -190,9 +194,6 @@ def composer_loop():
     size, count = (4, 12) if TINY else (64, 512)
     steps.BATCH = size
     task, found = rows(count)
-    from gpu.common import LAYERS, MODEL
-
-    from dhrd_plugin.models.build import build_causal_lm
 
     for free in (True, False):
         with told('composer_loop', padding_free=free):
@@ -239,8 +240,6 @@ def syncs():
 @section(150)
 def compiled():
     """``compile_config`` through the trainer: whether it runs, its graph breaks and where, and how quick it is."""
-    import torch._dynamo as dynamo
-
     for free in (False, True):
         for way, more in {'eager': (), 'compiled': ('compile_config={}',)}.items():
             what = {'model': '135M', 'way': f'{way}, {"padding_free" if free else "padded"}', 'trained': 'whole'}

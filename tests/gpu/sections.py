@@ -1,5 +1,7 @@
-"""All sections, in the order of their worth."""
+"""All sections, in the order of their worth; what they need is imported before they are forked."""
 
+import peft  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
 from gpu import parity, product, serving, sharding, speed  # noqa: F401
 from gpu.common import SECTIONS
 

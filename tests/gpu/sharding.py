@@ -3,6 +3,7 @@
 from gpu.common import TINY, Clock, emit, on_gpu, section, told, trained
 from gpu.product import WHOLE, furthest, weights
 
+from dhrd_plugin.export.from_checkpoint import export_checkpoint
 from dhrd_plugin.training import checks
 
 STEPS = 4 if TINY else 8
@@ -28,8 +29,6 @@ def cases(version):
 
 def one_run(settings, more):
     """The losses, the exported weights, the clock, and how far the export of the checkpoint is from the run's own."""
-    from dhrd_plugin.export.from_checkpoint import export_checkpoint
-
     clock = Clock()
     given = ', '.join(f'{key}: {value}' for key, value in settings.items())
     fsdp = (f'fsdp_config={{{given}}}', 'save_folder=${output_dir}/checkpoints') if settings else ()

@@ -6,7 +6,7 @@ checkout=$(realpath "$1"); kit=$(dirname "$(realpath "$0")"); gpu=$checkout/.gpu
 python=${PYTHON:-python3}
 rm -rf "$gpu"; mkdir -p "$gpu"/{wheels,w1,w2,data/superglue,data/esnli}
 exclude=$(cd "$checkout" && realpath "$(git rev-parse --git-path info/exclude)")
-grep -qx '/.gpu/' "$exclude" || echo '/.gpu/' >>"$exclude"
+mkdir -p "$(dirname "$exclude")"; grep -sqx '/.gpu/' "$exclude" || echo '/.gpu/' >>"$exclude"
 get() { # DIR NAME==VERSION...: for Python 3.12 on x86-64 Linux
     local to=$1; shift
     local tags=(); for n in 2_28 2_27 2_24 2_31 2_34 2_17; do tags+=(--platform "manylinux_${n}_x86_64"); done
