@@ -2,7 +2,9 @@
 
 import collections
 import json
+import logging
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -237,15 +239,32 @@ def syncs():
             emit('syncs', padding_free=free, a_step=len(places) / 2, ours=ours / 2, where=dict(seen.most_common(25)))
 
 
+class Places(logging.Handler):
+    """Where torch.compile breaks its graph, by file and line."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = collections.Counter()
+
+    def emit(self, record):
+        found = re.search(r'Graph break.* at (\S+:\d+)', record.getMessage())
+        if found:
+            self.found['/'.join(Path(found[1]).parts[-3:])] += 1
+
+
 @section(150)
 def compiled():
     """``compile_config`` through the trainer: whether it runs, its graph breaks and where, and how quick it is."""
+    torch._logging.set_logs(graph_breaks=True)
+    log = logging.getLogger('torch._dynamo.symbolic_convert.__graph_breaks')
     for free in (False, True):
         for way, more in {'eager': (), 'compiled': ('compile_config={}',)}.items():
             what = {'model': '135M', 'way': f'{way}, {"padding_free" if free else "padded"}', 'trained': 'whole'}
             with told('compiled', **what):
                 dynamo.reset()
                 dynamo.utils.counters.clear()
+                places = Places()
+                log.handlers = [places]
                 clock, start = Clock(), time.time()
                 fixed = f'model.padding_free={str(free).lower()}', 'callbacks.drop_reasoning_head=null'
                 trainer, series, summary, _ = trained(
@@ -263,6 +282,7 @@ def compiled():
                     losses=series['loss/train/total'][:: STEPS - 1],
                     graphs=counters['stats'].get('unique_graphs', 0),
                     graph_breaks=sum(counters['graph_break'].values()),
-                    breaks={reason[:160]: count for reason, count in counters['graph_break'].most_common(8)},
+                    breaks={reason[:100]: count for reason, count in counters['graph_break'].most_common(8)},
+                    places=dict(places.found.most_common(12)),
                 )
                 trainer.close()

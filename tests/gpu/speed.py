@@ -141,7 +141,6 @@ def shapes():
             turn = itertools.cycle(batches)
             ms = median_ms(lambda: step(next(turn)), 0.1, 1, 3)
             emit('shapes', **what, ms=ms, peak_mib=held, held_mib=weights, **figures(model, batches, ms))
-        del what
         model = step = lm = None  # the next one needs the memory
 
 
