@@ -112,7 +112,12 @@ def furthest(one, other):
 def product():
     """The command by its defaults, LoRA and whole; evaluate and predict on the export; a run that is killed."""
     root = Path(tempfile.mkdtemp(prefix='dhrd_gpu_'))
-    save = ('save_folder=${output_dir}/checkpoints', f'save_interval={STEPS // 4}ba', f'max_duration={STEPS}ba')
+    save = (
+        'save_folder=${output_dir}/checkpoints',
+        f'save_interval={STEPS // 4}ba',
+        'save_num_checkpoints_to_keep=1',
+        f'max_duration={STEPS}ba',
+    )
     whole = (*WHOLE, 'eval_interval=0', *save)
     runs = {  # at once: nothing here is timed
         'lora': (run, f'max_duration={STEPS}ba'),
@@ -137,6 +142,7 @@ def product():
         broken, one, other = (weights(root / name) for name in ('killed', 'whole', 'whole_again'))
         far, noise = furthest(broken, one), furthest(one, other)
         emit('product', way='resume after a kill', from_unbroken=far, between_two_unbroken=noise)
+    shutil.rmtree(root, ignore_errors=True)
 
 
 def verb_on(place, verb):

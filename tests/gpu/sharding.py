@@ -1,5 +1,7 @@
 """FSDP1 and FSDP2 with one rank by NCCL: losses, exports and checkpoints against a run without FSDP."""
 
+import shutil
+
 from gpu.common import TINY, Clock, emit, on_gpu, section, told, trained
 from gpu.product import WHOLE, furthest, weights
 
@@ -38,6 +40,7 @@ def one_run(settings, more):
     if settings:
         export_checkpoint(str(folder / 'checkpoints' / 'latest-rank0.pt'), folder / 'again' / 'slim')
         again = furthest(found, weights(folder / 'again'))
+    shutil.rmtree(folder)  # 2 GB each
     return series['loss/train/total'], found, clock, again
 
 
