@@ -186,11 +186,26 @@ class DualHeadNetwork(nn.Module):
             return unpadded.last_hidden_state(self.backbone, input_ids, attention_mask, extent)
         return last_hidden_state(self.backbone, input_ids, attention_mask)
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the decoder blocks: one graph for all of them, and for all shapes.
+
+        The loss and the heads stay out: compiled with them, every batch of other lengths would be a graph of its own.
+
+        Args:
+            **options: of ``torch.compile``.
+        """
+        for module in self.modules():
+            if self._is_block(module):
+                module.compile(**options)
+
+    def _is_block(self, module: nn.Module) -> bool:
+        return type(module).__name__ in (self.causal_lm._no_split_modules or ())
+
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer asks which modules FSDP wraps by themselves: the decoder blocks, and a head of another precision."""
         if module is self.classifier:  # FSDP wants one precision in all that it wraps together
             return self.classifier.out_proj.weight.dtype != self.lm_head.weight.dtype
-        return type(module).__name__ in (self.causal_lm._no_split_modules or ())
+        return self._is_block(module)
 
     def activation_checkpointing_fn(self, module: nn.Module) -> bool:
         """Composer asks which modules activation checkpointing wraps: the decoder blocks."""

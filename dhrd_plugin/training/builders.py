@@ -261,6 +261,8 @@ def build_trainer(
     """Hand everything to Composer's Trainer; ``checkpoint`` is that of ``find_checkpoint``."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fsdp = None if config.fsdp_config is None else build_fsdp(config.fsdp_config)
+    if config.compile_config is not None:
+        model.network.compile_blocks(**config.compile_config)
     announce = [AnnounceExport(display)] if 'drop_reasoning_head' in used(config.callbacks) else []
     trainer = Trainer(
         model=model,
@@ -279,7 +281,6 @@ def build_trainer(
         precision=config.precision or ('amp_bf16' if on_gpu(config) else 'fp32'),
         device_train_microbatch_size=min_microbatch(config),
         parallelism_config=fsdp and {'fsdp': fsdp},
-        compile_config=config.compile_config,
         seed=config.seed,
         run_name=config.run_name,
         progress_bar=False,  # ours is the display

@@ -1,6 +1,7 @@
 """A step asks no tensor what it holds: on a GPU the host would wait for each answer."""
 
 import collections
+import copy
 
 import pytest
 import torch
@@ -104,3 +105,19 @@ def test_all_rows_in_one_call_are_the_rows_alone(network):
     expected, wanted = step(network, batch, True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert relative_error(gradients, wanted) < 1e-5
+
+
+def test_compiled_blocks_are_one_graph_for_all_lengths(network):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = copy.deepcopy(network)
+    compiled.compile_blocks(backend='aot_eager')
+    collate, rows = TripletCollator(tiny_tokenizer(), LABELS), triplets(40)
+    for start in range(0, 40, 8):
+        batch = collate(rows[start : start + 8])
+        (found, gradients), (expected, wanted) = step(compiled, batch, True), step(network, batch, True)
+        torch.testing.assert_close(found, expected)
+        assert relative_error(gradients, wanted) < 1e-6
+    assert not counters['graph_break']
+    assert counters['stats']['unique_graphs'] == 2  # for the first length, then for any
