@@ -35,6 +35,9 @@ for task in RTE CB; do
 done
 cp -r "$shared/rationales" "$gpu/data/"
 cp "$shared/esnli/train.jsonl" "$gpu/data/esnli/"; head -n 3000 "$shared/esnli/test.jsonl" >"$gpu/data/esnli/test.jsonl"
+head -n 600 "$shared/esnli/train.jsonl" >"$gpu/data/esnli/train_600.jsonl"  # as yamls/compare/esnli.yaml says
+sed -n 602,1201p "$shared/esnli/train.jsonl" >"$gpu/data/esnli/dev_600.jsonl"
+head -n 2000 "$shared/esnli/test.jsonl" >"$gpu/data/esnli/test_2000.jsonl"
 tree=$(git -C "$checkout" ls-files -z -co --exclude-standard | (cd "$checkout" && xargs -0 du -cb 2>/dev/null) | awk '$2=="total" {s+=$1} END {print s}')
 for part in 'wheels w1' 'w2 data' ''; do
     carried=0; [ -z "$part" ] || carried=$(cd "$gpu" && du -cb $part | tail -1 | cut -f1)
@@ -44,5 +47,5 @@ cat <<'TEXT'
 Then, one call after the other without a pause, each with the ignored folders that it names:
  1 carry [".gpu/wheels", ".gpu/w1"]  bash tests/gpu/kit/stage1.sh
  2 carry [".gpu/w2", ".gpu/data"]    bash tests/gpu/kit/run.sh SECONDS [--only NAME,...]
- 3 carry []                          bash tests/gpu/kit/run.sh SECONDS --only ..., or: . tests/gpu/kit/environment.sh; any command
+ 3 carry []  . tests/gpu/kit/environment.sh; python3 tests/gpu/verdict.py --out "$OUT" variables.rows="$DHRD_SHARED/data/esnli"
 TEXT
