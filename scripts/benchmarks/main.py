@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -22,11 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; see :func:`~dhrd_plugin.cli.run`.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ['gpu']:  # its sections have options of their own
+        return import_module('benchmarks.gpu').main(argv[1:])
     return run(lambda: _benchmark(_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog='benchmark.py', description='Measure, and print a table of what was promised and what is.')
+    parser = Parser(
+        prog='benchmark.py',
+        description='Measure, and print a table of what was promised and what is.',
+        epilog='`benchmark.py gpu --help`: what needs a GPU',
+    )
     parser.add_argument('verb', choices=VERBS)
     parser.add_argument('--model', default=Options.model, help='folder, hub id or package:NAME; default: %(default)s')
     parser.add_argument('--output', type=Path, help='also write the report as JSON')

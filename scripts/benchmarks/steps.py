@@ -159,13 +159,17 @@ def step(bench: Bench, parts: Sequence[dict[str, Tensor]], loss_of: Callable[[di
     bench.optimizer.zero_grad()
     count, total = sum(len(part['labels']) for part in parts), torch.zeros((), device=bench.device)
     for part in parts:
-        part = {key: value.to(bench.device, non_blocking=True) for key, value in part.items()}
+        part = {key: _moved(value, bench.device) for key, value in part.items()}
         with bench.precision():
             loss = loss_of(part) * (len(part['labels']) / count)
         loss.backward()
         total += loss.detach()
     bench.optimizer.step()
     return float(total)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value  # where rows lie, the host knows
 
 
 def two_passes(bench: Bench, rows: Rows, microbatch: int, length: int = two_pass.MAX_LENGTH) -> Callable[[], float]:
