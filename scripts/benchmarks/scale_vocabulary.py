@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.measure import MIB, interleave, peak_memory
 from benchmarks.power import growth_rows
 from benchmarks.table import Table
-from dhrd_plugin.losses import chunked_lm_loss
+from dhrd_plugin.losses import chunked_lm_loss, weighted_mean
 
 VOCABULARIES = tuple(2**power for power in range(13, 18))  # words
 SUPERVISED = 1024  # tokens
@@ -54,7 +54,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # states [1, T + 1, H], label
 
 def ours(states: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """Our loss: a chunk of logits at a time."""
-    return chunked_lm_loss(states, labels, weight).mean()
+    return weighted_mean(chunked_lm_loss(states, labels, weight))
 
 
 def full(states: Tensor, labels: Tensor, weight: Tensor) -> Tensor:

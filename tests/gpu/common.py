@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from dhrd_plugin import TripletCollator, load_config
 from dhrd_plugin.data.data_spec import triplet_data_spec
+from dhrd_plugin.losses import combine_losses, weighted_mean
 from dhrd_plugin.models import padding_free as unpadded
 from dhrd_plugin.models.build import add_lora, build_causal_lm, build_tokenizer
 from dhrd_plugin.models.composer_model import RETURN_REASONING_LOSS, ComposerDualHeadClassifier
@@ -194,7 +195,8 @@ def losses(model, batch, reasoning=True):
     classification = model.loss(outputs, batch)
     if not reasoning:
         return classification, classification, None
-    return classification + outputs.reasoning_loss.mean(), classification, outputs.reasoning_loss.mean()
+    reasoning = weighted_mean(outputs.reasoning_loss)
+    return combine_losses(classification, reasoning), classification, reasoning
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from gpu.common import (
 )
 
 from dhrd_plugin import TripletCollator
-from dhrd_plugin.losses import linear_cross_entropy
+from dhrd_plugin.losses import linear_cross_entropy, weighted_mean
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
 from dhrd_plugin.models.network import DualHeadNetwork
 
@@ -136,7 +136,7 @@ def _loss_memory(trained, tokens, words, hidden):
             if size is None:
                 loss = F.cross_entropy(F.linear(states, weight).float(), targets)
             else:
-                loss = linear_cross_entropy(states, weight, None, targets, size).mean()
+                loss = weighted_mean(linear_cross_entropy(states, weight, None, targets, size))
             loss.backward()
             states.grad = weight.grad = None
             return loss.detach()
