@@ -6,6 +6,7 @@ what is read while importing is that of the tests, see ``FIXED``. A server ends 
 """
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import gc
@@ -18,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -142,7 +144,6 @@ def _become(program: dict, files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(program['env'])
     numpy.random.seed()
-    atexit.register(gc.unfreeze)  # what nanobind finds left over at the end, it tells
     multiprocessing.process.ORIGINAL_DIR = os.getcwd()
     more = os.environ.get('PYTHONPATH', '').split(os.pathsep)
     sys.path[1:1] = [folder for folder in more if folder and folder not in sys.path]
@@ -185,7 +186,11 @@ def main() -> None:
     global _server
     _server = functools.cache(lambda: ours)
     subprocess.Popen = Popen
-    first, *sys.argv[1:] = program['words']
+    _end(_status_of(program['words']))
+
+
+def _run(words: list[str]) -> None:
+    first, *sys.argv[1:] = words
     if first == '-m':
         sys.argv.pop(0)
         sys.path[0] = os.getcwd()
@@ -194,6 +199,32 @@ def main() -> None:
         sys.argv[0] = first
         sys.path[0] = os.path.dirname(os.path.realpath(first))
         runpy.run_path(first, run_name='__main__')
+
+
+def _status_of(words: list[str]) -> int:
+    """Run a program; its exit status, and on stderr what Python says of an error that it does not catch."""
+    try:
+        _run(words)
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def _end(status: int) -> None:
+    """As Python ends, but for taking down what was imported, which takes seconds where other processes run."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    gc.collect()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status & 0xFF)
 
 
 if __name__ == '__main__':
