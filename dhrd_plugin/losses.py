@@ -144,8 +144,19 @@ def _cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
+def default_chunk_size(weight: Tensor) -> int:
+    """Tokens to a chunk: 256; on a GPU, which small products leave idle, as many as have 2^27 logits (512 MiB in fp32).
+
+    Measured on an H100 with 128,000 words and a frozen head: chunks of 256 took 92 ms, of 1,024 80, all at once 82.
+
+    Args:
+        weight: [V, H] of the LM head.
+    """
+    return 256 if weight.device.type == 'cpu' else max(256, 2**27 // len(weight))
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_size: int = 256
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_size: int | None = None
 ) -> Tensor:
     """``cross_entropy(hidden @ weight.T + bias, targets, reduction='none')`` without the full logits.
 
@@ -157,7 +168,7 @@ def linear_cross_entropy(
         weight: [V, H] weight of the LM head.
         bias: [V] or ``None``.
         targets: [N] token ids, all in [0, V).
-        chunk_size: rows to a chunk. Default: 256.
+        chunk_size: rows to a chunk. Default: see :func:`default_chunk_size`.
 
     Returns:
         [N] losses in nats; fp32, or fp64 for fp64 input.
@@ -167,9 +178,16 @@ def linear_cross_entropy(
 
 
 def _row_losses(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, counts: Tensor, chunk_size: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor,
+    counts: Tensor,
+    chunk_size: int | None,
 ) -> Tensor:
     device = hidden.device.type
+    chunk_size = chunk_size or default_chunk_size(weight)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -183,7 +201,7 @@ def chunked_lm_loss(
     labels: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
     num_targets: int | None = None,
 ) -> Tensor:
     """Next-token loss of each sequence, a mean over its supervised tokens (Eq. 1 and 3).
@@ -198,7 +216,7 @@ def chunked_lm_loss(
             state at position t predicts the label at t + 1, so column 0 is never a target.
         weight: [V, H] weight of the LM head.
         bias: [V] or ``None``.
-        chunk_size: supervised tokens whose logits are computed at a time. Default: 256.
+        chunk_size: supervised tokens whose logits are computed at a time. Default: see :func:`default_chunk_size`.
         num_targets: how many labels are supervised, where the host knows it. Default: read from ``labels``, for
             which it waits for a GPU.
 

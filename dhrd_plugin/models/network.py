@@ -41,7 +41,8 @@ class DualHeadNetwork(nn.Module):
         head: ``'mlp'`` (two layers, the paper) or ``'linear'``. Default: ``'mlp'``.
         pooling: ``'last'`` (last input token, the paper) or ``'mean'`` over the input span. Default: ``'last'``.
         dropout: dropout of the classification head. Default: 0.
-        chunk_size: supervised tokens whose vocabulary logits are alive at a time. Default: 256.
+        chunk_size: supervised tokens whose vocabulary logits are alive at a time. Default: 256, on a GPU more
+            (:func:`~dhrd_plugin.losses.default_chunk_size`).
         padding_free: run the real tokens of a batch as one sequence
             (:func:`~dhrd_plugin.models.padding_free.use_padding_free`). Default: ``False``.
         probe: run a few tokens through the model first; not where it has no weights yet. Default: ``True``.
@@ -59,7 +60,7 @@ class DualHeadNetwork(nn.Module):
         head: str = 'mlp',
         pooling: str = 'last',
         dropout: float = 0.0,
-        chunk_size: int = 256,
+        chunk_size: int | None = None,
         padding_free: bool = False,
         probe: bool = True,
         norm: bool = False,

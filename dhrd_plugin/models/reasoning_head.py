@@ -33,7 +33,7 @@ def apply_reasoning_head(
     pretrained_model_name_or_path: str | None = None,
     optimizers: Optimizer | Sequence[Optimizer] | None = None,
     label_names: Sequence[str] | None = None,
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
     answers: Sequence[str] | None = None,
     **heads: Any,
 ) -> HuggingFaceModel:
@@ -53,7 +53,8 @@ def apply_reasoning_head(
             classifier. Default: none, the classifier's input embedding, which it is where the two are tied.
         optimizers: new parameters join the group of the input embedding, else the last group. Default: none.
         label_names: the K class names; for a ``...ForCausalLM``, which has none.
-        chunk_size: supervised tokens whose vocabulary logits are alive at a time. Default: 256.
+        chunk_size: supervised tokens whose vocabulary logits are alive at a time. Default: 256, on a GPU more
+            (:func:`~dhrd_plugin.losses.default_chunk_size`).
         answers: the words of the K classes; the classification head begins as the LM head's rows of them
             (:func:`~dhrd_plugin.models.verbalizer.begin_as_answers`): a classifier's ``score``, or
             ``head='linear'`` of a ``...ForCausalLM``. Default: it is left as it is.
@@ -120,7 +121,7 @@ class ReasoningClassifier(PreTrainedModel):
         pads_left: whether its logits of a row that is padded on the left are those of one padded on the right.
     """
 
-    reasoning_chunk_size: int
+    reasoning_chunk_size: int | None
     pads_left: bool = True
 
     def forward(self, *args, pool_index=None, reasoning_labels=None, return_reasoning_loss=False, spans=None, **kwargs):
@@ -249,7 +250,7 @@ def _add_reasoning_head(
     inner: PreTrainedModel,
     name: str | None,
     optimizers: Optimizer | Sequence[Optimizer] | None,
-    chunk_size: int,
+    chunk_size: int | None,
     answers: Sequence[str] | None,
 ) -> None:
     kind, pad = type(inner).__name__, pad_token_of(inner.config)

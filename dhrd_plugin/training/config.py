@@ -53,7 +53,7 @@ class ModelConfig:
     classifier_dropout: float = field(default=0.0, metadata=within(0, 1, below=True))
     classifier_norm: bool = False  # of an mlp, before its first layer (ours)
     reasoning_targets: Literal['sequence', 'rationale'] = 'sequence'
-    chunk_size: int = field(default=256, metadata=within(1))
+    chunk_size: int | None = field(default=None, metadata=within(1))
     padding_free: bool = False  # the real tokens of a microbatch as one sequence
     lora: LoraConfig | None = None
     freeze_backbone: bool = False

@@ -48,7 +48,7 @@ def results(name: str) -> Path:
 @pytest.mark.parametrize(
     'changes, same',
     [
-        ({'model': {'head': 'mlp', 'chunk_size': 256}}, True),  # as by default
+        ({'model': {'head': 'mlp', 'chunk_size': None}}, True),  # as by default
         ({'progress_bar': True, 'loggers': {'console': {}}}, True),  # what is shown is not what is found
         ({'model': {'chunk_size': 64}}, False),
         ({'model': {'lora': {'r': 2}}}, False),

@@ -77,15 +77,20 @@ def _short(value):
 @contextlib.contextmanager
 def told(name, /, **what):
     """An error inside is one line of the results; what comes after it is run."""
+    _free()  # what the frames of an error before held
     try:
         yield
     except Exception as error:
         frames = [f'{Path(f.filename).name}:{f.lineno}' for f in traceback.extract_tb(error.__traceback__)]
         emit(name, **what, error=f'{type(error).__name__}: {error}'[:500], where=frames[-5:])
     finally:
-        gc.collect()
-        if on_gpu():
-            torch.cuda.empty_cache()
+        _free()
+
+
+def _free():
+    gc.collect()
+    if on_gpu():
+        torch.cuda.empty_cache()
 
 
 def found_by(function):

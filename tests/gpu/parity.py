@@ -95,11 +95,11 @@ def parity_tiny():
 
 @section(120, alone=False)
 def parity_real():
-    """SmolLM2-135M on real rows, by each way, against fp32 on the CPU."""
+    """SmolLM2-135M on real rows, by each way, against fp64 on the CPU."""
     task, found = rows(4 if TINY else 16)
     tok = tokenizer()
     batch = next(iter(collated(task, tok, found, len(found)).dataloader))
-    want, wanted = gradients(classifier(task, tok, where=CPU), batch, CPU, False)
+    want, wanted = gradients(classifier(task, tok, where=CPU).double(), batch, CPU, False)
     flat = torch.cat([wanted[name].flatten() for name in wanted])
     ways = [(way, half, False) for half in (False, True) for way in WAYS] + [('padded', False, True)]
     for way, half, coarse in ways:
@@ -142,7 +142,7 @@ def _loss_memory(trained, tokens, words, hidden):
             return loss.detach()
 
         what = {'way': f'chunks of {size}' if size else 'full logits', 'head_trained': trained}
-        with told('loss_memory', **what):
+        with told('loss_memory', **what), tf32(True):  # as Composer's Trainer allows it
             loss, held = float(work()), peak_mib(work)
             full = full or held
             ms = median_ms(work, 0.3, 1)

@@ -23,6 +23,7 @@ from gpu.common import (
     rows,
     section,
     sync,
+    tf32,
     to_device,
     tokenizer,
     told,
@@ -82,7 +83,7 @@ def speed():
         what |= {'way': way, 'rows': size, 'reasoning': reasoning}
         if way == 'one kernel' and not has_one_kernel():
             continue
-        with told('speed', **what), way_of(way) as free:
+        with told('speed', **what), tf32(True), way_of(way) as free:  # as Composer's Trainer allows it
             model = classifier(task, tok, padding_free=free, lora=lora)
             weights = [p for p in model.parameters() if p.requires_grad]
             step = stepper(model, torch.optim.AdamW(weights, lr=1e-5, fused=on_gpu()), on_gpu(), reasoning)
@@ -125,7 +126,7 @@ def shapes():
         adam = name == '1B'
         what = {'model': name, 'precision': 'bf16 weights' if half else 'bf16', 'trained': 'whole', 'way': way}
         what |= {'rows': size, 'reasoning': True, 'optimizer': 'AdamW' if adam else 'SGD'}
-        with told('shapes', **what), way_of(way) as free:
+        with told('shapes', **what), tf32(True), way_of(way) as free:
             dtype = torch.bfloat16 if half and on_gpu() else torch.float32
             with torch.device(device()):
                 lm = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype)
