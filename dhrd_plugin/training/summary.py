@@ -7,13 +7,14 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from composer import Trainer
-from composer.core import Precision
+from composer.core import Evaluator, Precision
 from composer.core.precision import get_precision_context
 from composer.loggers import InMemoryLogger
 from composer.utils import dist, format_name_with_dist
@@ -100,7 +101,7 @@ def finish(
         print(f'checkpoints: {format_name_with_dist(config.save_folder, config.run_name)}')
     for label, metrics in summary['metrics'].items():
         values = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
-        print(f'{label}: {values}')
+        print(f'{label}: {values} (the same label for every row: {summary["most_frequent"][label]:.4f} right)')
     print(f'summary: {path}')
     if tracked := mlflow_run(trainer.logger):
         print(f'mlflow: {tracked}')
@@ -134,6 +135,7 @@ def summarize(config: Config, trainer: Trainer, counter: TokenCounter) -> dict[s
             label: {name: _number(value) for name, value in values.items()}
             for label, values in compute_metrics(state).items()
         },
+        'most_frequent': {evaluator.label: most_frequent(evaluator) for evaluator in state.evaluators},
         'rows': int(state.timestamp.sample),
         'steps': steps,
         **counter.final,
@@ -151,6 +153,13 @@ def summarize(config: Config, trainer: Trainer, counter: TokenCounter) -> dict[s
                 if name.startswith(SERIES)
             }
     return summary
+
+
+def most_frequent(evaluator: Evaluator) -> float:
+    """The share of an evaluation set's most frequent label in its rows that have one; 0 without any."""
+    rows = evaluator.dataloader.dataloader.dataset  # pyright: ignore
+    counts = Counter(row['label'] for row in rows if row['label'])
+    return max(counts.values(), default=0) / max(1, counts.total())
 
 
 def _number(value: float) -> float:
