@@ -68,7 +68,7 @@ def write_export(lm: PreTrainedModel, tokenizer: Any, task: Task, head: str, fol
 
 def contenders(folder: Path, head: str) -> dict[str, Ask]:
     """The ways to ask one export, by name; with a linear head one is to load it as transformers does."""
-    ours = open_classifier(folder)
+    ours = open_classifier(folder, 'torch')
     tokenizer = ours.tokenizer
     others = {PIPELINE: ask_pipeline(load_slim(folder), AutoTokenizer.from_pretrained(folder))}
     if head == 'linear':
