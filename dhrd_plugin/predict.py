@@ -17,11 +17,9 @@ from dhrd_plugin.cli import Parser, number, run
 from dhrd_plugin.data.tasks import Task
 from dhrd_plugin.data.texts import Text, read_lines, read_texts
 from dhrd_plugin.errors import UserError, tell, user_errors
-from dhrd_plugin.export.classify import PRECISIONS, predict, predict_on_ranks
+from dhrd_plugin.export.classify import PRECISIONS, predict_on_ranks
 from dhrd_plugin.export.load import RUNTIMES, Classifier, open_classifier, runtime_for
 from dhrd_plugin.streams.remote import is_remote
-
-__all__ = ['main', 'predict']
 
 WINDOW = 2048  # texts that a rank holds at a time, and sorts by their length
 KEYS = {'id', 'label', 'probabilities'}  # of what is written

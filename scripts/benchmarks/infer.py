@@ -19,11 +19,11 @@ from benchmarks.options import Options
 from benchmarks.steps import batches
 from benchmarks.table import Table, make_report, make_row
 from dhrd_plugin.data.tasks import Task
+from dhrd_plugin.export.classify import predict
 from dhrd_plugin.export.load import open_classifier
 from dhrd_plugin.export.onnx import NAME, OnnxClassifier
 from dhrd_plugin.export.write import write_slim
 from dhrd_plugin.models.build import load_slim
-from dhrd_plugin.predict import predict
 
 BATCH = 32
 ROWS = 128
