@@ -47,7 +47,7 @@ def gather(value: T) -> list[T]:
 
 def from_rank_zero(work: Callable[[], T]) -> T:
     """Rank 0's result of ``work``, which it alone does, or its ``UserError``, on every rank; every rank calls it."""
-    told: tuple[Any, str | None] = None, None
+    told: Any = None, None
     if rank() == 0:
         try:
             told = work(), None
