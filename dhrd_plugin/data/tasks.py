@@ -136,7 +136,8 @@ class Task:
             BadRow: a field of the prompt is missing, empty or not text; an id is no text or whole number.
         """
         for scope in self._scopes(row):
-            yield find_id(scope, self.id, 'id'), self._text(scope)
+            text = self._text(scope)  # first, as what is wrong with it is what people look for
+            yield find_id(scope, self.id, 'id'), text
 
     def triplets(
         self, row: Mapping[str, Any], labelled: bool = True, typed: bool = True, number: int = 0
