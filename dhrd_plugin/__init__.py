@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dhrd_plugin.data.collator import TripletCollator as TripletCollator
     from dhrd_plugin.data.rationale_collator import RationaleCollator as RationaleCollator
     from dhrd_plugin.data.shards import write_triplets as write_triplets
+    from dhrd_plugin.export.load import load_classifier as load_classifier
     from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier as ComposerDualHeadClassifier
     from dhrd_plugin.models.network import DualHeadNetwork as DualHeadNetwork
     from dhrd_plugin.models.reasoning_head import apply_reasoning_head as apply_reasoning_head
@@ -29,6 +30,7 @@ _WHERE = {
     'StreamingTripletDataset': 'streams.dataset',
     'TripletCollator': 'data.collator',
     'apply_reasoning_head': 'models.reasoning_head',
+    'load_classifier': 'export.load',
     'load_config': 'training.config',
     'train': 'training.run',
     'write_triplets': 'data.shards',

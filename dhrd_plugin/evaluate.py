@@ -15,12 +15,14 @@ from dhrd_plugin import files, ranks
 from dhrd_plugin.cli import Parser, run
 from dhrd_plugin.data.inspect import read_shards
 from dhrd_plugin.data.tasks import Task, load_task
+from dhrd_plugin.data.texts import Text
 from dhrd_plugin.data.triplet import Triplet
 from dhrd_plugin.data.triplets import read_triplets
-from dhrd_plugin.errors import UserError, user_errors
-from dhrd_plugin.export.load import Classifier, open_classifier
+from dhrd_plugin.errors import UserError, tell, user_errors
+from dhrd_plugin.export.classify import predict_on_ranks
+from dhrd_plugin.export.load import Classifier, open_classifier, runtime_for
 from dhrd_plugin.metrics import build_metrics
-from dhrd_plugin.predict import add_speed, predict
+from dhrd_plugin.predict import add_speed
 from dhrd_plugin.streams.index import INDEX
 from dhrd_plugin.streams.remote import is_remote
 
@@ -40,6 +42,7 @@ def report_on(
     output: str | Path | None = None,
     batch_size: int | None = None,
     precision: str = 'fp32',
+    runtime: str | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a classifier on rows with labels, as ``dhrd evaluate`` does. Every rank has to call it.
 
@@ -50,8 +53,9 @@ def report_on(
         split: of a task's folder or a hub data set.
         output: a folder for ``report.json``, ``predictions.jsonl`` and two PNGs, which replace those of an earlier
             report when all are finished; what else is there stays. Default: nothing is written.
-        batch_size: see :func:`~dhrd_plugin.predict.predict`.
+        batch_size: see :func:`~dhrd_plugin.export.classify.predict`.
         precision: likewise. Default: ``'fp32'``.
+        runtime: see :func:`~dhrd_plugin.export.load.open_classifier`; ``'torch'`` where another precision is asked for.
 
     Returns:
         On rank 0 the report of :func:`evaluate`; elsewhere ``None``.
@@ -65,7 +69,7 @@ def report_on(
     ranks.initialize()
     if output:
         _check_output(output, {'the model': model, '--task': task, **{f'the data {place}': place for place in data}})
-    classifier = open_classifier(model)
+    classifier = open_classifier(model, runtime_for(runtime, precision))
     spec = task or classifier.task
     if spec is None:
         raise UserError(f'--task: missing; {model} has none stored with it')
@@ -74,6 +78,8 @@ def report_on(
     rows = [row for place in data for row in _checked(read_data(place, template, split), template, place)]
     if not rows:
         raise UserError(f'{", ".join(map(str, data))}: found no rows')
+    if ranks.rank() == 0:
+        tell(f'runs on: {classifier.runs_on}')
     probabilities = predict_rows(classifier, rows, template, batch_size, precision)
     if ranks.rank() != 0:
         return None
@@ -106,21 +112,9 @@ def predict_rows(
     classifier: Classifier, rows: Sequence[Triplet], task: Task, batch_size: int | None = None, precision: str = 'fp32'
 ) -> Tensor:
     """[N, K] probabilities of N rows, in the order of the task's labels; every rank calls it with the same rows."""
-    order, step = label_order(classifier.label_names, task.label_names), ranks.world_size()
-    mine = rows[ranks.rank() :: step]
-    texts, places = [row['input_text'] for row in mine], [f'row {row["id"]}' for row in mine]
-    found: Tensor | str = torch.zeros(0, len(order))
-    try:
-        if mine:
-            found = predict(classifier.model, classifier.tokenizer, texts, batch_size, places, precision)
-    except UserError as error:  # told by all ranks: none waits for one that has gone
-        found = str(error)
-    probabilities = torch.zeros(len(rows), len(order))
-    for index, part in enumerate(ranks.gather(found)):
-        if isinstance(part, str):
-            raise UserError(part)
-        probabilities[index::step] = part[:, order]
-    return probabilities
+    order = label_order(classifier.label_names, task.label_names)
+    texts = [Text(f'row {row["id"]}', row['id'], row['input_text']) for row in rows]
+    return predict_on_ranks(classifier.model, classifier.tokenizer, texts, batch_size, precision)[:, order]
 
 
 def label_order(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
@@ -298,14 +292,7 @@ def _check_output(folder: str | Path, read: Mapping[str, Any]) -> None:
         for name in FILES:
             files.check_file(Path(folder) / name, '--output', 'a report of ours', lambda _: earlier, apart)
 
-    told = None
-    if ranks.rank() == 0:
-        try:
-            check()
-        except UserError as error:
-            told = str(error)
-    for message in filter(None, ranks.gather(told)):
-        raise UserError(message)
+    ranks.from_rank_zero(check)
 
 
 def _write(report: Mapping[str, Any], rows: Iterator[Mapping[str, Any]], folder: Path) -> None:

@@ -2,177 +2,29 @@
 
 import argparse
 import io
+import itertools
 import json
-import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AutoModel
 from transformers.utils import logging
 
+from dhrd_plugin import files, ranks
 from dhrd_plugin.cli import Parser, number, run
-from dhrd_plugin.data.rows import (
-    BOM,
-    SUFFIXES,
-    catching_bad,
-    check_is_text,
-    kind_of,
-    parse_object,
-    raise_bad,
-    read_rows,
-)
-from dhrd_plugin.data.tasks import Task, load_task
-from dhrd_plugin.data.triplet import BadRow, check_text
-from dhrd_plugin.errors import UserError, user_errors
-from dhrd_plugin.export.load import open_classifier
+from dhrd_plugin.data.tasks import Task
+from dhrd_plugin.data.texts import Text, read_lines, read_texts
+from dhrd_plugin.errors import UserError, tell, user_errors
+from dhrd_plugin.export.classify import PRECISIONS, predict_on_ranks
+from dhrd_plugin.export.load import RUNTIMES, Classifier, open_classifier, runtime_for
+from dhrd_plugin.streams.remote import is_remote
 
-# The fixed cost of a small LM's forward pass on a CPU, in tokens. A GPU waits for its launches instead.
-CPU_PADDING = 64
-PRECISIONS = ('fp32', 'amp_bf16')
+WINDOW = 2048  # texts that a rank holds at a time, and sorts by their length
+KEYS = {'id', 'label', 'probabilities'}  # of what is written
 
-
-@torch.inference_mode()
-def predict(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    batch_size: int | None = None,
-    places: Sequence[str] | None = None,
-    precision: str = 'fp32',
-) -> Tensor:
-    """Compute class probabilities, in the order of the texts; batched by length, so that there is little padding.
-
-    Args:
-        model: of a :class:`~dhrd_plugin.export.load.Classifier`.
-        tokenizer: likewise.
-        texts: N input texts.
-        batch_size: rows to a forward pass, at most; fewer on a CPU where that saves padding. Default: 32, on a GPU 256.
-        places: where each text stands, for errors. Default: its number, from 1.
-        precision: ``'fp32'``, that of the weights, or ``'amp_bf16'``, autocast as in training on a GPU. Default:
-            ``'fp32'``.
-
-    Returns:
-        [N, K] probabilities, fp32.
-
-    Raises:
-        UserError: a text of no token, or of more than the model has positions for, before any is classified; a model
-            that cannot be run on them, or whose logits are not finite.
-    """
-    encoded = tokenizer(list(texts), verbose=False)['input_ids']
-    _check_lengths(model, [len(ids) for ids in encoded], places or [f'text {i}' for i in range(1, len(texts) + 1)])
-    device = model.device.type
-    size, padding = (32, CPU_PADDING) if device == 'cpu' else (256, math.inf)
-    order, found = [], []
-    for rows in _batches_by_length([len(ids) for ids in encoded], batch_size or size, padding):
-        with user_errors('the model cannot be run on these texts', kind=True):
-            batch = tokenizer.pad({'input_ids': [encoded[index] for index in rows]}, return_tensors='pt')
-            # By name: GPT-2's second argument is another one.
-            inputs = {name: batch[name].to(model.device) for name in ('input_ids', 'attention_mask')}
-            with torch.autocast(device, torch.bfloat16, enabled=precision == 'amp_bf16'):
-                logits = model(**inputs).logits
-        order += rows
-        found.append(logits.float().softmax(-1))  # a GPU is waited for once, at the end
-    probabilities = torch.zeros(len(texts), model.config.num_labels)
-    if found:
-        probabilities[order] = torch.cat(found).cpu()
-    if not probabilities.isfinite().all():
-        raise UserError('the model gives logits that are not finite; expected the weights of a training that converged')
-    return probabilities
-
-
-def _check_lengths(model: Any, lengths: Sequence[int], places: Sequence[str]) -> None:
-    if 0 in lengths:
-        raise UserError(f'{places[lengths.index(0)]}: found no token; expected text')
-    longest = max(lengths, default=0)
-    if longest > (positions := _positions(model, longest)):
-        raise UserError(
-            f'{places[lengths.index(longest)]}: found {longest:,} tokens; expected at most {positions:,}, '
-            'the positions that the model has'
-        )
-
-
-def _positions(model: Any, length: int) -> float:
-    """How many positions a model can read: as many as its table of them holds; without a table, any number."""
-    config = getattr(model.config, 'backbone', None) or model.config
-    most, words = (getattr(config, name, None) for name in ('max_position_embeddings', 'vocab_size'))
-    if not isinstance(most, int) or length <= most:
-        return math.inf
-    if not isinstance(model, nn.Module):  # ONNX
-        with torch.device('meta'):
-            model = AutoModel.from_config(config)
-    tables = [item.num_embeddings for item in model.modules() if isinstance(item, nn.Embedding)]
-    tables += [len(buffer) for buffer in model.buffers() if buffer.dim() > 1]
-    spare = 8  # some tables begin with a few positions for padding
-    return most if any(most <= size <= most + spare and size != words for size in tables) else math.inf
-
-
-def _batches_by_length(lengths: Sequence[int], batch_size: int, padding: float) -> Iterator[list[int]]:
-    """Indices of rows, sorted by ``lengths`` in tokens and cut into batches of at most ``batch_size``.
-
-    Those of a batch take at most so much ``padding``, in tokens; more would cost more than another batch's pass.
-    """
-    batch: list[int] = []
-    real = 0
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        longest = lengths[index]
-        if batch and (len(batch) == batch_size or longest * len(batch) - real > padding):
-            yield batch
-            batch, real = [], 0
-        batch.append(index)
-        real += longest
-    if batch:
-        yield batch
-
-
-# A text and where it stands.
-Text = tuple[str, str]
-
-
-def _read_rows(path: Path, task: Task | None) -> Iterator[Text]:
-    """The input text of each row of a file of rows: its ``input_text``, or what the template makes of it."""
-    for row in read_rows(path):
-        with catching_bad(raise_bad, row.where):
-            yield _text_of(row.fields, task), row.where
-
-
-def _read_lines(lines: Iterable[bytes], task: Task | None, where: str) -> Iterator[Text]:
-    """The input text of each line: plain text, or a row as JSON."""
-    for number_, line in enumerate(lines, 1):
-        line = line.removeprefix(BOM) if number_ == 1 else line
-        place = f'{where}{number_}'
-        try:
-            text = line.removesuffix(b'\n').removesuffix(b'\r').decode()
-        except UnicodeDecodeError:
-            raise UserError(f'{place}: is not valid UTF-8') from None
-        with catching_bad(raise_bad, place):
-            yield _parse_text(text, task), place
-
-
-def _parse_text(text: str, task: Task | None) -> str:
-    if not text.lstrip().startswith('{'):
-        return check_text(text, '')
-    try:
-        row, end = parse_object(text.strip())
-        if end < len(text.strip()):
-            raise json.JSONDecodeError('Extra data', text.strip(), end)
-    except json.JSONDecodeError as error:
-        hint = '(a text that begins with { is written as {"input_text": "{..."})'
-        raise BadRow('', f'not valid JSON: {error.msg}, column {error.colno} {hint}') from None
-    return _text_of(row, task)
-
-
-def _text_of(row: dict[str, Any], task: Task | None) -> str:
-    if 'input_text' in row:
-        return check_text(row['input_text'], 'input_text')
-    if task is None:
-        raise BadRow('', f'found keys {sorted(row)}; expected input_text')
-    if task.explode:
-        raise BadRow('', f'a row of the task {task.name} holds several texts; expected input_text, one text a row')
-    return check_text(task.render(row), '')
+Write = Callable[[list[dict[str, Any]]], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,12 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog='dhrd predict', description='Classify texts with a slim classifier.')
-    parser.add_argument('model', help='the folder that DropReasoningHead wrote, or anything that dhrd evaluate takes')
-    parser.add_argument('texts', nargs='*', help='texts; without any, lines of --input or of stdin')
-    parser.add_argument(
+    add = parser.add_argument
+    add('model', help='the folder that DropReasoningHead wrote, or anything that dhrd evaluate takes')
+    add('texts', nargs='*', help='texts, or rows as JSON; without any, lines of --input or of stdin')
+    add(
         '--input',
-        type=Path,
-        help="a file with a text a line, or JSON, JSONL, CSV or Parquet with input_text or the task's fields",
+        help="a file with a text a line, or JSON, JSONL, CSV or Parquet with input_text or the task's fields, or a set "
+        'of shards; here or at an address',
+    )
+    add(
+        '--output', type=Path, help='a .jsonl or .parquet file, whole at the end; default: lines on stdout as they come'
+    )
+    add(
+        '--abstain',
+        type=number(float, 0, 1),
+        metavar='P',
+        help='no label where the largest probability is below P; default: always one',
     )
     add_speed(parser)
     return parser.parse_args(argv)
@@ -197,37 +59,121 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     """The options that change how fast texts are classified."""
     parser.add_argument('--batch-size', type=number(int, 1), help='rows at a time, at most; default: 32, on a GPU 256')
     parser.add_argument('--precision', choices=PRECISIONS, default='fp32', help='default: fp32')
+    parser.add_argument(
+        '--runtime', choices=RUNTIMES, help='default: onnx without a GPU where the export holds model.onnx, else torch'
+    )
 
 
 def _predict(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
-    classifier = open_classifier(args.model)
-    task = load_task(classifier.task) if classifier.task else None
-    found = list(_read(args, task))
-    if not found:
-        raise UserError(f'{args.input or "stdin"}: found no text; expected one a line')
-    texts, places = zip(*found)
-    names = classifier.label_names
-    for row in predict(classifier.model, classifier.tokenizer, texts, args.batch_size, places, args.precision).tolist():
-        best = max(range(len(row)), key=row.__getitem__)
-        probabilities = {names[index]: round(value, 4) for index, value in enumerate(row)}
-        print(json.dumps({'label': names[best], 'probabilities': probabilities}, ensure_ascii=False))
+    ranks.initialize()
+    ranks.from_rank_zero(lambda: _check_output(args))
+    classifier = open_classifier(args.model, runtime_for(args.runtime, args.precision))
+    texts = _read(args, classifier.template)  # which rank 0 alone goes through: stdin is one
+    size = WINDOW * ranks.world_size()
+    count = 0
+    with _writing(args.output, classifier.label_names) as write:
+        while window := ranks.from_rank_zero(lambda: list(itertools.islice(texts, size))):
+            if not count and ranks.rank() == 0:
+                tell(f'runs on: {classifier.runs_on}')
+            write(_answers(classifier, window, args))
+            count += len(window)
+        if not count:
+            raise UserError(f'{args.input or "stdin"}: found no text; expected one a line')
+    if args.output and ranks.rank() == 0:
+        tell(f'{args.output}: {count:,} rows')
 
 
 def _read(args: argparse.Namespace, task: Task | None) -> Iterator[Text]:
     """The texts that the arguments give or name; those of stdin without any."""
     if args.texts:
-        yield from _read_lines((text.encode(errors='surrogateescape') for text in args.texts), task, 'argument ')
+        yield from read_lines((text.encode(errors='surrogateescape') for text in args.texts), task, 'argument ')
     elif args.input is None:
         stream = getattr(sys.stdin, 'buffer', None) or io.BytesIO(sys.stdin.read().encode())
-        yield from _read_lines(stream, task, 'stdin, line ')
+        yield from read_lines(stream, task, 'stdin, line ')
     else:
-        if not args.input.is_file():
-            raise UserError(f'--input: no such file: {args.input}')
-        if kind_of(args.input) in SUFFIXES:
-            yield from _read_rows(args.input, task)
-            return
-        with user_errors(f'--input: {args.input}', OSError):
-            check_is_text(args.input)
-            with args.input.open('rb') as file:
-                yield from _read_lines(file, task, f'{args.input}, line ')
+        yield from read_texts(args.input, task)
+
+
+def _answers(classifier: Classifier, texts: list[Text], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is written of each text; every rank calls it with the same texts."""
+    found = predict_on_ranks(classifier.model, classifier.tokenizer, texts, args.batch_size, args.precision)
+    names = classifier.label_names
+    labels = classifier.labels_of(found, args.abstain)
+    return [
+        {
+            **({} if text.id is None else {'id': text.id}),
+            'label': label,
+            'probabilities': {name: round(value, 4) for name, value in zip(names, values)},
+        }
+        for text, label, values in zip(texts, labels, found.tolist())
+    ]
+
+
+# ------------------------------------------------------------------------------------ the output
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Refuse a file that may not or cannot be written, before any work starts."""
+    if args.output is None:
+        return
+    if args.output.suffix not in ('.jsonl', '.parquet'):
+        raise UserError(f'--output: {args.output}: expected a name that ends in .jsonl or .parquet')
+    read = {'--input': args.input, 'the model': args.model}
+    apart = {name: place for name, place in read.items() if place and not is_remote(place)}
+    files.check_file(args.output, '--output', 'predictions', _is_ours, apart)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file holds what an earlier command wrote: no input has these columns alone."""
+    if path.suffix == '.jsonl':
+        with path.open('rb') as file:
+            try:
+                keys = json.loads(file.readline()).keys()
+            except (ValueError, AttributeError):  # no JSON, or no object
+                return False
+    else:
+        import pyarrow as pa
+        from pyarrow.parquet import read_schema
+
+        try:
+            keys = set(read_schema(path).names)
+        except (pa.ArrowException, OSError):
+            return False
+    return KEYS >= keys >= KEYS - {'id'}
+
+
+@contextmanager
+def _writing(path: Path | None, names: Sequence[str]) -> Iterator[Write]:
+    """What writes rows: to stdout at once, or into a file that is there at the end, whole. Rank 0 alone writes."""
+    if ranks.rank() != 0:
+        yield lambda rows: None
+    elif path is None:
+        yield _print
+    else:
+        with user_errors(path, OSError), files.replacing(path) as file:
+            if path.suffix == '.jsonl':
+                yield lambda rows: file.writelines(line.encode() for line in map(_line, rows)) or None
+            else:
+                with _parquet(file, names) as write:
+                    yield write
+
+
+@contextmanager
+def _parquet(file: Any, names: Sequence[str]) -> Iterator[Write]:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    probabilities = pa.struct([(name, pa.float64()) for name in names])
+    schema = pa.schema([('id', pa.string()), ('label', pa.string()), ('probabilities', probabilities)])
+    with ParquetWriter(file, schema) as writer:
+        yield lambda rows: writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    sys.stdout.write(''.join(map(_line, rows)))
+    sys.stdout.flush()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return f'{json.dumps(row, ensure_ascii=False)}\n'

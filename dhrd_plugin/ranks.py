@@ -45,6 +45,20 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def from_rank_zero(work: Callable[[], T]) -> T:
+    """Rank 0's result of ``work``, which it alone does, or its ``UserError``, on every rank; every rank calls it."""
+    told: Any = None, None
+    if rank() == 0:
+        try:
+            told = work(), None
+        except UserError as error:
+            told = None, str(error)
+    value, message = gather(told)[0]
+    if message is not None:
+        raise UserError(message)
+    return value
+
+
 def end_with_parent() -> None:
     """Send this process a SIGTERM when its parent ends, be it killed; on Linux."""
     if sys.platform == 'linux':

@@ -3,30 +3,51 @@
 import csv
 import io
 import json
+from pathlib import Path
 
+import pandas
+import pyarrow as pa
 import pytest
 import torch
 from configs import TASK
+from forks import run_ranks
+from pyarrow import parquet as pq
 from tiny import LABELS, tiny_classifier, tiny_tokenizer, triplet
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
+from dhrd_plugin import load_classifier
+from dhrd_plugin.data.shards import write_triplets
+from dhrd_plugin.data.tasks import load_task
+from dhrd_plugin.data.texts import as_argument, read_lines
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.evaluate import main as evaluate
-from dhrd_plugin.export.load import open_classifier
+from dhrd_plugin.export.classify import predict
+from dhrd_plugin.export.load import RUNTIMES, open_classifier
 from dhrd_plugin.export.write import write_slim
-from dhrd_plugin.predict import main, predict
+from dhrd_plugin.predict import WINDOW, main
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 TEXTS = ['w1 w2 w3', 'a scraped\u2028text\x85in\x0bfour\x1chalves', 'w9']
-ROWS = [{'id': str(i), 'input_text': text} for i, text in enumerate(TEXTS)]
+ROWS = [{'id': str(i), 'text': text} for i, text in enumerate(TEXTS)]
+
+
+def export_of(task, folder, onnx=False):
+    model = tiny_classifier(head='linear')
+    model.info['task'] = {**TASK, **task}
+    return write_slim(model.get_metadata(), model.network.state_dict(), folder / 'slim', onnx=onnx)
 
 
 @pytest.fixture(scope='module')
 def slim(tmp_path_factory):
-    model = tiny_classifier(head='linear')
-    model.info['task'] = {**TASK, 'prompt': '{left} {right}'}
-    return write_slim(model.get_metadata(), model.network.state_dict(), tmp_path_factory.mktemp('predict') / 'slim')
+    """Its prompt has one field, and words beside it."""
+    return export_of({'prompt': 'w7 {text}'}, tmp_path_factory.mktemp('predict'), onnx=True)
+
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory):
+    """Its prompt has two fields."""
+    return export_of({'prompt': '{left} {right}'}, tmp_path_factory.mktemp('predict'))
 
 
 @pytest.fixture(scope='module')
@@ -49,12 +70,18 @@ def printed(capsys, *arguments):
     status = main([str(argument) for argument in arguments])
     out, error = capsys.readouterr()
     assert status == 0, error
+    assert error.startswith('runs on: ')
     return [json.loads(line) for line in out.splitlines()]
+
+
+def without_ids(rows):
+    return [{key: value for key, value in row.items() if key != 'id'} for row in rows]
 
 
 @pytest.fixture
 def expected(slim, capsys):
-    return printed(capsys, slim, *TEXTS)
+    """Of the texts as they are given, in one line of JSON each."""
+    return printed(capsys, slim, *(json.dumps({'input_text': f'w7 {text}'}) for text in TEXTS))
 
 
 def jsonl(rows, end='\n'):
@@ -67,6 +94,12 @@ def csv_of(rows):
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue().encode()
+
+
+def parquet_of(rows):
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    return out.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -82,22 +115,187 @@ def csv_of(rows):
         ('a.json', json.dumps(ROWS, indent=1).encode()),
         ('a.csv', csv_of(ROWS)),
         ('a.CSV', b'\xef\xbb\xbf' + csv_of(ROWS)),
+        ('a.parquet', parquet_of(ROWS)),
     ],
 )
 def test_every_kind_of_file_gives_the_same_texts(slim, tmp_path, capsys, monkeypatch, expected, name, content):
+    """Each in the template; with the ids of rows."""
     (tmp_path / name).write_bytes(content)
-    assert printed(capsys, slim, '--input', tmp_path / name) == expected
+    found = printed(capsys, slim, '--input', tmp_path / name)
+    assert without_ids(found) == expected
+    assert [row.get('id') for row in found] == [row['id'] if b'id' in content else None for row in ROWS]
     if name in ('a', 'a.txt'):
         monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(content)))
-        assert printed(capsys, slim) == expected
+        assert printed(capsys, slim) == found
 
 
-def test_rows_go_through_the_template(slim, tmp_path, capsys):
+def test_shards_and_addresses(slim, tmp_path, capsys, s3, expected):
+    rows = [{**triplet(i), 'id': f'r{i}', 'input_text': f'w7 {text}'} for i, text in enumerate(TEXTS)]
+    write_triplets(rows, tmp_path / 'set')
+    write_triplets(rows, f'{s3.bucket}/predict/set')
+    s3.put('predict/rows.csv', csv_of(ROWS))
+    s3.put('predict/bad.txt', b'w1\n\n')
+    for place in (tmp_path / 'set', f'{s3.bucket}/predict/set', f'{s3.bucket}/predict/rows.csv'):
+        found = printed(capsys, slim, '--input', place)
+        assert without_ids(found) == expected
+        assert [row['id'] for row in found] == [row['id'] for row in (ROWS if '.csv' in str(place) else rows)]
+    for name, flaw in (('bad.txt', 'bad.txt, line 2: is empty'), ('absent.csv', 'no such file: s3://')):
+        assert main([str(slim), '--input', f'{s3.bucket}/predict/{name}']) == 2
+        assert flaw in capsys.readouterr().err
+
+
+def test_rows_go_through_the_template(pairs, tmp_path, capsys):
     rows = [{'left': 'w1', 'right': 'w2 w3'}, {'left': 'w8 w9', 'right': 'w9'}]
-    found = printed(capsys, slim, 'w1 w2 w3', 'w8 w9 w9')
+    found = printed(capsys, pairs, '{"input_text": "w1 w2 w3"}', '{"input_text": "w8 w9 w9"}')
     for name, content in (('a.csv', csv_of(rows)), ('a.jsonl', jsonl(rows)), ('a.txt', jsonl(rows))):
         (tmp_path / name).write_bytes(content)
-        assert printed(capsys, slim, '--input', tmp_path / name) == found
+        assert printed(capsys, pairs, '--input', tmp_path / name) == found
+
+
+def test_plain_text_is_refused_where_the_prompt_has_several_fields(refused, pairs, tmp_path):
+    (tmp_path / 'a.txt').write_text('{"left": "w1", "right": "w2"}\nw1 w2\n')
+    for arguments, place in (['w1 w2'], 'argument 1'), (['--input', tmp_path / 'a.txt'], f'{tmp_path}/a.txt, line 2'):
+        line = refused('predict', pairs, *arguments)
+        assert line.startswith(f'error: {place}: found plain text; the prompt has the fields left, right: give a row')
+    with pytest.raises(UserError, match=r'^text 1: found plain text; the prompt has the fields left, right'):
+        load_classifier(pairs).predict(['w1 w2'])
+
+
+def test_what_is_shown_after_training_is_taken_as_it_was_rendered():
+    one, two, bare = (load_task({**TASK, 'prompt': prompt}) for prompt in ('w7 {text}', '{left} {right}', '{text}'))
+    for task in (one, two, bare, None):
+        for text in ('w7 w1', '{w7', 'w1\nw2'):
+            (found,) = read_lines([as_argument(text, task).encode()], task, 'argument ')
+            assert found.text == text
+    assert as_argument('w1 w2', bare) == as_argument('w1 w2', None) == 'w1 w2'
+
+
+@pytest.fixture(scope='module')
+def many(tmp_path_factory):
+    """Rows of several windows, of many lengths."""
+    path = tmp_path_factory.mktemp('predict') / 'many.jsonl'
+    path.write_bytes(jsonl([{'id': f'r{i}', 'text': ' '.join(['w1', 'w2', 'w3'][: 1 + i % 3])} for i in range(5000)]))
+    return path
+
+
+@pytest.mark.parametrize(('ranks', 'name'), [(1, 'a.jsonl'), (1, 'a.parquet'), (2, 'a.parquet'), (2, None)])
+def test_ids_and_order_over_windows_and_ranks(slim, many, tmp_path, capsys, ranks, name):
+    script, out = Path(__file__).parents[1] / 'scripts' / 'predict.py', tmp_path / (name or 'nowhere')
+    arguments = [str(slim), '--input', str(many), '--runtime', 'torch']
+    expected = printed(capsys, *arguments)
+    arguments += ['--output', str(out)] if name else []
+    if ranks == 1:
+        assert main(arguments) == 0
+        said = ''
+    else:
+        done = run_ranks(2, script, *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said = ''.join(line for line in done.stdout.splitlines(True) if line.startswith('{'))  # the launcher speaks
+    lines = out.read_text() if name == 'a.jsonl' else said
+    found = pq.read_table(out).to_pylist() if name == 'a.parquet' else [*map(json.loads, lines.splitlines())]
+    assert [row['id'] for row in found] == [row['id'] for row in expected] == [f'r{i}' for i in range(5000)]
+    assert [row['label'] for row in found] == [row['label'] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row['probabilities'] == pytest.approx(other['probabilities'], abs=2e-4)
+
+
+def test_what_was_printed_before_a_bad_row_stays(slim, many, tmp_path, capsys):
+    lines = many.read_text().splitlines()
+    (tmp_path / 'a.jsonl').write_text('\n'.join([*lines[:3000], '{"id": "x"}', *lines[3000:]]))
+    assert main([str(slim), '--input', str(tmp_path / 'a.jsonl')]) == 2
+    out, error = capsys.readouterr()
+    assert len(out.splitlines()) == WINDOW
+    assert error.splitlines()[1:] == [f'error: {tmp_path}/a.jsonl, line 3001, field text: is missing']
+    out = tmp_path / 'out.jsonl'
+    assert main([str(slim), '--input', str(tmp_path / 'a.jsonl'), '--output', str(out)]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ['a.jsonl']
+
+
+def test_an_output_replaces_predictions_alone(refused, slim, tmp_path):
+    rows = tmp_path / 'a.jsonl'
+    rows.write_bytes(jsonl([{'label': 'no', 'probabilities': {'no': 1}, 'text': 'w1'}]))
+    (tmp_path / 'b.parquet').write_bytes(parquet_of(ROWS))
+    for out, flaw in (
+        (rows, 'is --input; expected another place'),
+        (tmp_path / 'b.parquet', 'holds something else than predictions'),
+        (tmp_path / 'c.csv', 'expected a name that ends in .jsonl or .parquet'),
+    ):
+        assert flaw in refused('predict', slim, '--input', rows, '--output', out)
+    assert 'holds something else than predictions' in refused('predict', slim, 'w1', '--output', rows)
+
+
+@pytest.mark.parametrize('name', ['out.jsonl', 'out.parquet'])
+def test_an_output_may_be_written_again(slim, tmp_path, capsys, name):
+    for texts in (TEXTS, TEXTS[:1]):
+        assert main([str(slim), *texts, '--output', str(tmp_path / name)]) == 0
+        assert capsys.readouterr().out == ''
+    found = pq.read_table(tmp_path / name).num_rows if 'q' in name else (tmp_path / name).read_text().count('\n')
+    assert found == 1
+
+
+def test_it_abstains_below_a_probability(slim, tmp_path, capsys):
+    found = printed(capsys, slim, *TEXTS)
+    sure = sorted(max(row['probabilities'].values()) for row in found)
+    middle = (sure[0] + sure[-1]) / 2
+    for row, other in zip(found, printed(capsys, slim, *TEXTS, '--abstain', middle), strict=True):
+        assert other['probabilities'] == row['probabilities']
+        assert other['label'] == (row['label'] if max(row['probabilities'].values()) >= middle else None)
+    labels = load_classifier(slim).predict(TEXTS, abstain=middle)
+    assert labels.count(None) in (1, 2)
+    assert main([str(slim), *TEXTS, '--abstain', '1', '--output', str(tmp_path / 'a.parquet')]) == 0
+    assert pq.read_table(tmp_path / 'a.parquet')['label'].to_pylist() == [None] * len(TEXTS)
+
+
+def test_in_python(slim, capsys, expected):
+    classifier = load_classifier(slim)
+    assert classifier.label_names == LABELS
+    rows = [{'text': text, 'id': i} for i, text in enumerate(TEXTS)]
+    for texts in (TEXTS, rows, pandas.DataFrame(rows), pandas.Series(TEXTS)):
+        probabilities = classifier.predict_proba(texts)
+        assert probabilities.shape == (3, 3) and probabilities.dtype == torch.float32
+        names = [dict(zip(LABELS, values)) for values in probabilities.tolist()]
+        for row, other in zip(names, expected, strict=True):
+            assert row == pytest.approx(other['probabilities'], abs=1e-4)
+        assert classifier.predict(texts) == [row['label'] for row in expected]
+    assert classifier.predict([]) == []
+    for texts, flaw in (
+        ('w1', 'found one text or row; expected a list'),
+        ([{'txt': 'w1'}], 'text 1, field text: is missing'),
+        (pandas.DataFrame({'text': ['w1', float('nan')]}), 'text 2, field text: is missing'),
+        ([3], 'text 1: found 3; expected text'),
+    ):
+        with pytest.raises(UserError, match=flaw):
+            classifier.predict(texts)
+
+
+def test_a_classifier_of_the_hub(slim, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.snapshot_download', lambda name, allow_patterns: {'us/tiny': slim}[name])
+    assert load_classifier('hub:us/tiny').predict(TEXTS) == load_classifier(slim).predict(TEXTS)
+    with pytest.raises(UserError, match=r'^hub:us/absent: cannot be loaded: KeyError'):
+        load_classifier('hub:us/absent')
+
+
+@pytest.mark.parametrize('verb', [main, evaluate])
+def test_onnx_runs_by_itself_and_agrees_with_torch(slim, tmp_path, capsys, monkeypatch, verb):
+    (tmp_path / 'rows.jsonl').write_bytes(jsonl([{**row, 'label': 'no'} for row in ROWS]))
+    arguments = [str(slim), *(['--input'] if verb is main else []), str(tmp_path / 'rows.jsonl')]
+
+    def told(*more):
+        assert verb([*arguments, *more]) == 0
+        return capsys.readouterr().err.splitlines()[0]
+
+    assert told() == told('--runtime', 'onnx') == 'runs on: onnxruntime, 1 thread'
+    assert told('--runtime', 'torch') == told('--precision', 'amp_bf16') == 'runs on: torch, cpu'
+    first, second = (load_classifier(slim, runtime).predict_proba(TEXTS) for runtime in RUNTIMES)
+    torch.testing.assert_close(first, second, atol=1e-4, rtol=0)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    assert told() == 'runs on: torch, cpu'
+
+
+def test_a_runtime_that_cannot_be_is_told(refused, slim, pairs):
+    text = '{"input_text": "w1"}'
+    assert 'holds no model.onnx' in refused('predict', pairs, text, '--runtime', 'onnx')
+    assert 'is an ONNX file, which onnx runs' in refused('predict', slim / 'model.onnx', text, '--runtime', 'torch')
 
 
 @pytest.mark.parametrize('length', [16, 17])

@@ -46,5 +46,5 @@ def test_it_trains_by_its_own_yaml_and_predicts(wheel, tmp_path):
     short = ['max_duration=2ba', 'eval_interval=0ba', 'eval_loaders.contrast=null']
     said = run(wheel, tmp_path, 'train', 'yamls/rte.yaml', 'model.config_overrides={num_hidden_layers: 1}', *short)
     assert ' predict runs/rte/slim ' in said
-    answer = json.loads(run(wheel, tmp_path, 'predict', 'runs/rte/slim', 'Ice is cold.'))
+    answer = json.loads(run(wheel, tmp_path, 'predict', 'runs/rte/slim', '{"input_text": "Ice is cold."}'))
     assert set(answer['probabilities']) == {'entailment', 'not_entailment'}

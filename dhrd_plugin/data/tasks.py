@@ -99,6 +99,11 @@ class Task:
         """The answer text of each class name."""
         return {label.name: label.answer for label in self.labels}
 
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of the prompt, as it spells them, each once."""
+        return tuple(dict.fromkeys(name for _, name, _ in _parse(self.prompt) if name))
+
     def to_dict(self) -> dict[str, Any]:
         """A plain dict for JSON, from which :func:`load_task` builds the same task."""
         return asdict(self)
@@ -116,6 +121,23 @@ class Task:
         if self.explode:
             raise UserError(f'task {self.name}: a row gives several texts; use task.triplets(row)')
         return self._text(row)
+
+    def fill(self, text: str) -> str:
+        """The input text where ``text`` is the prompt's only field."""
+        scope: Any = text
+        for key in reversed(_path(self.fields[0])):
+            scope = {key: scope}
+        return self._text(scope)
+
+    def texts(self, row: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
+        """The id, if there is one, and the input text of each triplet of a row; its other fields are not looked at.
+
+        Raises:
+            BadRow: a field of the prompt is missing, empty or not text; an id is no text or whole number.
+        """
+        for scope in self._scopes(row):
+            text = self._text(scope)  # first, as what is wrong with it is what people look for
+            yield find_id(scope, self.id, 'id'), text
 
     def triplets(
         self, row: Mapping[str, Any], labelled: bool = True, typed: bool = True, number: int = 0
@@ -271,6 +293,15 @@ def identify(scope: Mapping[str, Any], spec: str) -> str:
         return check_id(look_up(scope, spec), spec)
     parts = _parse(spec)
     return ''.join(literal + (check_id(look_up(scope, name), name) if name else '') for literal, name, _ in parts)
+
+
+def find_id(scope: Mapping[str, Any], *specs: str) -> str | None:
+    """The id that the first of some specs of :func:`identify` gives, all of whose fields the row has."""
+    for spec in filter(None, specs):
+        names = [name for _, name, _ in _parse(spec) if name] if '{' in spec else [spec]
+        if all(look_up(scope, name) is not None for name in names):
+            return identify(scope, spec)
+    return None
 
 
 def _number(value: object, field: str, spec: str) -> str:

@@ -1,59 +1,121 @@
 """Open a classifier, wherever it stands."""
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
+from dhrd_plugin.data.tasks import Task, load_task
+from dhrd_plugin.data.texts import texts_of
 from dhrd_plugin.errors import UserError, one_line, user_errors
-from dhrd_plugin.export.onnx import OnnxClassifier
+from dhrd_plugin.export.classify import predict
+from dhrd_plugin.export.onnx import NAME, OnnxClassifier
 from dhrd_plugin.models.build import load_slim
 from dhrd_plugin.streams.remote import is_remote
+
+RUNTIMES = ('torch', 'onnx')
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Anything that turns texts into class probabilities."""
+    """Anything that turns texts into class probabilities.
+
+    Texts are a list of plain texts, which are put into a prompt of one field; or a list of rows, or a pandas
+    DataFrame, with the fields of the template that was stored with the classifier, or with ``input_text``.
+
+    Example:
+        >>> classifier = load_classifier('runs/tickets/slim')  # doctest: +SKIP
+        >>> classifier.predict(['My card was charged twice.'], abstain=0.9)  # doctest: +SKIP
+        ['billing']
+    """
 
     model: Any  # a Hugging Face classifier, or an ONNX file that is called like one
     tokenizer: Any  # its tokenizer
     label_names: list[str]  # the K class names, in the order of the logits
     task: Mapping[str, Any] | None  # the template that was stored with it, if one was
 
+    @cached_property
+    def template(self) -> Task | None:
+        """The template, as a task."""
+        return None if self.task is None else load_task(self.task)
 
-def open_classifier(place: str | Path) -> Classifier:
+    @property
+    def runs_on(self) -> str:
+        """What computes, such as ``onnxruntime, 2 threads``, ``torch, cpu`` or ``torch, NVIDIA H100``."""
+        if isinstance(self.model, OnnxClassifier):
+            return f'onnxruntime, {self.model.threads} thread{"s" * (self.model.threads > 1)}'
+        device = self.model.device
+        return f'torch, {torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}'
+
+    def predict_proba(self, texts: Any, batch_size: int | None = None) -> Tensor:
+        """Compute [N, K] probabilities of N texts, fp32, in the order of ``label_names``.
+
+        Raises:
+            UserError: a text or row cannot be classified; it is named by its number, from 1.
+        """
+        found = texts_of(texts, self.template)
+        return predict(self.model, self.tokenizer, [text.text for text in found], batch_size)
+
+    def predict(self, texts: Any, abstain: float | None = None, batch_size: int | None = None) -> list[str | None]:
+        """Find the label of each text; ``None`` where its probability is below ``abstain``. See ``predict_proba``."""
+        return self.labels_of(self.predict_proba(texts, batch_size), abstain)
+
+    def labels_of(self, probabilities: Tensor, abstain: float | None = None) -> list[str | None]:
+        """The most probable label of each row of [N, K]; ``None`` where it is less probable than ``abstain``."""
+        rows = probabilities.tolist()
+        best = [max(range(len(row)), key=row.__getitem__) for row in rows]
+        return [self.label_names[i] if row[i] >= (abstain or 0) else None for row, i in zip(rows, best, strict=True)]
+
+
+def runtime_for(runtime: str | None, precision: str) -> str | None:
+    """The ``runtime`` of :func:`open_classifier` where nobody named one: ONNX Runtime computes in fp32 alone."""
+    return runtime or (None if precision == 'fp32' else 'torch')
+
+
+def open_classifier(place: str | Path, runtime: str | None = None) -> Classifier:
     """Open a slim export, another Hugging Face classifier, an ONNX file, or a Composer checkpoint.
 
     Nothing that lies there is run as code.
 
     Args:
         place: a folder with ``config.json``; a ``.onnx`` file in such a folder; a checkpoint, full or
-            sharded, here or in an object store.
+            sharded, here or in an object store; or ``hub:NAME``, a classifier on the Hugging Face hub.
+        runtime: ``'torch'``, or ``'onnx'``, ONNX Runtime on the CPU. Default: ``'onnx'`` where there is no GPU and
+            the folder holds ``model.onnx``, and for a ``.onnx`` file; else ``'torch'``.
 
     Returns:
-        The classifier, on this rank's GPU where there is one. An ONNX file runs on the CPU.
+        The classifier, on this rank's GPU where there is one and torch runs it.
 
     Raises:
-        UserError: it is none of these, or cannot be read.
+        UserError: it is none of these, or cannot be read, or not by this runtime.
     """
     path = Path(place)
+    if str(place).startswith('hub:'):
+        return _from_folder(_from_hub(str(place)), place, runtime)
     if _is_checkpoint(place):
+        if runtime == 'onnx':
+            raise UserError(f'{place}: is a checkpoint, which torch runs; dhrd export --onnx writes an ONNX file')
         # Imported here: an export is opened without it.
         from dhrd_plugin.export.from_checkpoint import export_checkpoint
 
         with tempfile.TemporaryDirectory() as scratch:
-            return _from_folder(export_checkpoint(str(place), Path(scratch) / 'slim'), place)
+            return _from_folder(export_checkpoint(str(place), Path(scratch) / 'slim'), place, 'torch')
     if path.suffix == '.onnx' and path.is_file():
         if not (path.parent / 'config.json').is_file():
             raise UserError(f'{path.parent}: no config.json beside {path}; expected the folder that it was exported to')
+        if runtime == 'torch':
+            raise UserError(f'{place}: is an ONNX file, which onnx runs, in fp32; for torch give its folder')
         return _from_folder(path.parent, place, onnx=path)
     if (path / 'config.json').is_file():
-        return _from_folder(path, place)
+        return _from_folder(path, place, runtime)
     raise UserError(f'{place}: expected a folder with config.json, a .onnx file or a Composer checkpoint')
 
 
@@ -62,7 +124,26 @@ def _is_checkpoint(place: str | Path) -> bool:
     return is_remote(place) or (path / '.metadata').is_file() or (path.suffix == '.pt' and path.exists())
 
 
-def _from_folder(folder: Path, place: str | Path, onnx: Path | None = None) -> Classifier:
+def _from_hub(place: str) -> Path:
+    """The folder of what a repository of the hub holds, which its own client keeps."""
+    from huggingface_hub import snapshot_download
+
+    with user_errors(f'{place}: cannot be loaded', kind=True):
+        kinds = ['*.json', '*.safetensors', '*.txt', '*.model', '*.jinja', f'{NAME}*']
+        return Path(snapshot_download(place.removeprefix('hub:'), allow_patterns=kinds))
+
+
+def _find_onnx(folder: Path, place: str | Path, runtime: str | None) -> Path | None:
+    """The ONNX file of an export, where ONNX Runtime is to run it."""
+    path = folder / NAME
+    if runtime == 'onnx' and not path.is_file():
+        raise UserError(f'{place}: holds no {NAME}; dhrd export --onnx writes one')
+    by_itself = runtime is None and _device().type == 'cpu' and importlib.util.find_spec('onnxruntime') is not None
+    return path if path.is_file() and (runtime == 'onnx' or by_itself) else None
+
+
+def _from_folder(folder: Path, place: str | Path, runtime: str | None = None, onnx: Path | None = None) -> Classifier:
+    onnx = onnx or _find_onnx(folder, place, runtime)
     with user_errors(f'{place}: cannot be loaded'):
         model: Any = load_slim(folder).to(_device()) if onnx is None else OnnxClassifier(onnx)
         # The config, which transformers 5 would read as one of another type.
@@ -85,3 +166,6 @@ def _device() -> torch.device:
 
 def _are_texts(labels: Sequence[Any]) -> bool:
     return all(isinstance(label, str) for label in labels)
+
+
+load_classifier = open_classifier  # the package's name for it

@@ -110,7 +110,9 @@ def check_answers(model: PreTrainedModel, path: str | Path) -> None:
 def _session(path: str | Path) -> Any:
     import onnxruntime
 
-    return onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # as OMP_NUM_THREADS or a launcher says
+    return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
 
 
 def _run(session: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -131,6 +133,7 @@ class OnnxClassifier:
         if importlib.util.find_spec('onnxruntime') is None:
             raise UserError(f"{path}: onnxruntime is not installed; pip install 'dhrd-plugin[onnx]'")
         self.session = _session(path)
+        self.threads = self.session.get_session_options().intra_op_num_threads
         self.config = load_slim_config(Path(path).parent)
         given, wanted = {item.name for item in self.session.get_inputs()}, {'input_ids', 'attention_mask'}
         (logits, *_) = self.session.get_outputs()

@@ -22,6 +22,8 @@ from composer.utils import dist, format_name_with_dist
 from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss
 from dhrd_plugin.callbacks.drop_reasoning_head import compute_metrics
 from dhrd_plugin.callbacks.token_counter import TokenCounter
+from dhrd_plugin.data.tasks import load_task
+from dhrd_plugin.data.texts import as_argument
 from dhrd_plugin.files import write_json
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
 from dhrd_plugin.models.network import DualHeadNetwork
@@ -172,7 +174,8 @@ def _command() -> str:
 
 
 def _example(trainer: Trainer) -> str:
-    """An input text of the evaluation rows, else of the training rows."""
-    for evaluator in trainer.state.evaluators:
-        return evaluator.dataloader.dataloader.dataset[0]['input_text']  # pyright: ignore
-    return trainer.state.train_dataloader.dataset[0]['input_text']  # pyright: ignore
+    """An input text of the evaluation rows, else of the training rows, as ``dhrd predict`` takes it."""
+    loaders = [evaluator.dataloader.dataloader for evaluator in trainer.state.evaluators]  # pyright: ignore
+    rows: Any = (*loaders, trainer.state.train_dataloader)[0].dataset  # pyright: ignore
+    task = getattr(trainer.state.model, 'info', {}).get('task')
+    return as_argument(rows[0]['input_text'], load_task(task) if task else None)

@@ -19,11 +19,11 @@ from benchmarks.options import Options
 from benchmarks.steps import batches
 from benchmarks.table import Table, make_report, make_row
 from dhrd_plugin.data.tasks import Task
+from dhrd_plugin.export.classify import predict
 from dhrd_plugin.export.load import open_classifier
 from dhrd_plugin.export.onnx import NAME, OnnxClassifier
 from dhrd_plugin.export.write import write_slim
 from dhrd_plugin.models.build import load_slim
-from dhrd_plugin.predict import predict
 
 BATCH = 32
 ROWS = 128
@@ -68,7 +68,7 @@ def write_export(lm: PreTrainedModel, tokenizer: Any, task: Task, head: str, fol
 
 def contenders(folder: Path, head: str) -> dict[str, Ask]:
     """The ways to ask one export, by name; with a linear head one is to load it as transformers does."""
-    ours = open_classifier(folder)
+    ours = open_classifier(folder, 'torch')
     tokenizer = ours.tokenizer
     others = {PIPELINE: ask_pipeline(load_slim(folder), AutoTokenizer.from_pretrained(folder))}
     if head == 'linear':

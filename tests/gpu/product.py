@@ -41,9 +41,9 @@ from gpu.common import (
 from safetensors.torch import load_file
 from torch import _dynamo as dynamo
 
+from dhrd_plugin.export.classify import predict
 from dhrd_plugin.export.load import open_classifier
 from dhrd_plugin.models.build import build_causal_lm
-from dhrd_plugin.predict import predict
 
 STEPS = 8 if TINY else 40
 WHOLE = ('model.lora=null', 'optimizer.lr=5e-5')

@@ -9,10 +9,10 @@ from benchmarks.infer import ask_pipeline, prompt
 from benchmarks.material import build_classifier
 from gpu.common import LAYERS, MODEL, TINY, device, emit, median_ms, on_gpu, rows, section, sync, tokenizer, told
 
+from dhrd_plugin.export.classify import predict as ask
 from dhrd_plugin.export.load import open_classifier
 from dhrd_plugin.export.write import write_slim
 from dhrd_plugin.models.build import build_causal_lm, load_slim
-from dhrd_plugin.predict import predict as ask
 
 TOKENS = 230  # the paper's average input
 

@@ -164,8 +164,8 @@ def work(todo: Any, done: Any, scratch: Path, port: int) -> None:
     logging.disable_progress_bar()
     open_classifier = evaluate.open_classifier
 
-    def open_on_gpu(place: Any) -> Any:
-        found = open_classifier(place)
+    def open_on_gpu(place: Any, runtime: Any = None) -> Any:
+        found = open_classifier(place, runtime)
         found.model.to('cuda' if torch.cuda.is_available() else 'cpu')
         return found
 
