@@ -17,6 +17,7 @@ from dhrd_plugin.data.inspect import read_shards
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.data.triplet import Triplet
 from dhrd_plugin.data.triplets import read_triplets
+from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.export.load import Classifier, open_classifier
 from dhrd_plugin.metrics import build_metrics
@@ -70,6 +71,8 @@ def report_on(
     if spec is None:
         raise UserError(f'--task: missing; {model} has none stored with it')
     template = load_task(spec)
+    if not template.labels:  # a template that leaves them to the training rows
+        template = replace(template, labels=load_task(classifier.task or spec).labels)
     label_order(classifier.label_names, template.label_names)
     rows = [row for place in data for row in _checked(read_data(place, template, split), template, place)]
     if not rows:
@@ -108,10 +111,12 @@ def predict_rows(
     """[N, K] probabilities of N rows, in the order of the task's labels; every rank calls it with the same rows."""
     order, step = label_order(classifier.label_names, task.label_names), ranks.world_size()
     mine = rows[ranks.rank() :: step]
-    texts, places = [row['input_text'] for row in mine], [f'row {row["id"]}' for row in mine]
+    places = [f'row {row["id"]}' for row in mine]
     found: Tensor | str = torch.zeros(0, len(order))
     try:
         if mine:
+            limit = classifier.max_seq_len
+            texts = [fit(classifier.tokenizer, row['input_text'], row.get('cuttable'), limit) for row in mine]
             found = predict(classifier.model, classifier.tokenizer, texts, batch_size, places, precision)
     except UserError as error:  # told by all ranks: none waits for one that has gone
         found = str(error)

@@ -26,7 +26,8 @@ from dhrd_plugin.data.rows import (
     read_rows,
 )
 from dhrd_plugin.data.tasks import Task, load_task
-from dhrd_plugin.data.triplet import BadRow, check_text
+from dhrd_plugin.data.triplet import BadRow, check_cuttable, check_text
+from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.export.load import open_classifier
 
@@ -128,15 +129,15 @@ def _batches_by_length(lengths: Sequence[int], batch_size: int, padding: float) 
         yield batch
 
 
-# A text and where it stands.
-Text = tuple[str, str]
+# A text, the characters of it that may be cut, and where it stands.
+Text = tuple[str, list[int] | None, str]
 
 
 def _read_rows(path: Path, task: Task | None) -> Iterator[Text]:
     """The input text of each row of a file of rows: its ``input_text``, or what the template makes of it."""
     for row in read_rows(path):
         with catching_bad(raise_bad, row.where):
-            yield _text_of(row.fields, task), row.where
+            yield *_text_of(row.fields, task), row.where
 
 
 def _read_lines(lines: Iterable[bytes], task: Task | None, where: str) -> Iterator[Text]:
@@ -149,12 +150,12 @@ def _read_lines(lines: Iterable[bytes], task: Task | None, where: str) -> Iterat
         except UnicodeDecodeError:
             raise UserError(f'{place}: is not valid UTF-8') from None
         with catching_bad(raise_bad, place):
-            yield _parse_text(text, task), place
+            yield *_parse_text(text, task), place
 
 
-def _parse_text(text: str, task: Task | None) -> str:
+def _parse_text(text: str, task: Task | None) -> tuple[str, list[int] | None]:
     if not text.lstrip().startswith('{'):
-        return check_text(text, '')
+        return check_text(text, ''), None
     try:
         row, end = parse_object(text.strip())
         if end < len(text.strip()):
@@ -165,14 +166,16 @@ def _parse_text(text: str, task: Task | None) -> str:
     return _text_of(row, task)
 
 
-def _text_of(row: dict[str, Any], task: Task | None) -> str:
+def _text_of(row: dict[str, Any], task: Task | None) -> tuple[str, list[int] | None]:
     if 'input_text' in row:
-        return check_text(row['input_text'], 'input_text')
+        text = check_text(row['input_text'], 'input_text')
+        return text, check_cuttable(row.get('cuttable'), text)
     if task is None:
         raise BadRow('', f'found keys {sorted(row)}; expected input_text')
     if task.explode:
         raise BadRow('', f'a row of the task {task.name} holds several texts; expected input_text, one text a row')
-    return check_text(task.render(row), '')
+    text, cuttable = task.render_cuttable(row)
+    return check_text(text, ''), cuttable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,7 +209,8 @@ def _predict(args: argparse.Namespace) -> None:
     found = list(_read(args, task))
     if not found:
         raise UserError(f'{args.input or "stdin"}: found no text; expected one a line')
-    texts, places = zip(*found)
+    whole, cuttable, places = zip(*found)
+    texts = [fit(classifier.tokenizer, *text, classifier.max_seq_len) for text in zip(whole, cuttable)]
     names = classifier.label_names
     for row in predict(classifier.model, classifier.tokenizer, texts, args.batch_size, places, args.precision).tolist():
         best = max(range(len(row)), key=row.__getitem__)
