@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils import logging
 from dhrd_plugin import files, ranks
 from dhrd_plugin.cli import Parser, run
 from dhrd_plugin.data.inspect import read_shards
-from dhrd_plugin.data.tasks import Task, load_task
+from dhrd_plugin.data.tasks import Task, load_task, named_labels
 from dhrd_plugin.data.triplet import Triplet
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.data.truncate import fit
@@ -72,7 +73,7 @@ def report_on(
         raise UserError(f'--task: missing; {model} has none stored with it')
     template = load_task(spec)
     if not template.labels:  # a template that leaves them to the training rows
-        template = replace(template, labels=load_task(classifier.task or spec).labels)
+        template = replace(template, labels=named_labels(load_task(classifier.task or spec)).labels)
     label_order(classifier.label_names, template.label_names)
     rows = [row for place in data for row in _checked(read_data(place, template, split), template, place)]
     if not rows:

@@ -212,10 +212,10 @@ def write_rows(
 def _rows_of(rows: Any) -> Iterator[Row]:
     """Each row as a file would give it: Python's own values, None where pandas has NaN."""
     records = rows.to_dict('records') if hasattr(rows, 'to_dict') and hasattr(rows, 'columns') else rows
-    for number, fields in enumerate(records, 1):
+    for count, fields in enumerate(records, 1):
         if not isinstance(fields, Mapping):
-            raise UserError(f'row {number}: found {spell(fields)}; expected a mapping of fields')
-        yield Row(f'row {number}', number, {str(key): _plain(value) for key, value in fields.items()})
+            raise UserError(f'row {count}: found {spell(fields)}; expected a mapping of fields')
+        yield Row(f'row {count}', count, {str(key): _plain(value) for key, value in fields.items()})
 
 
 def _plain(value: Any) -> Any:

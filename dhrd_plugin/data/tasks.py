@@ -198,7 +198,7 @@ class Task:
         empty = name in self.may_be_empty
         if value is None and is_there(scope, name):
             if not empty:
-                raise BadRow(name, f'is missing: an empty cell, or null; may_be_empty: [{name}] in the template lets it be')
+                raise BadRow(name, f'is missing (empty, or null); may_be_empty: [{name}] in the template lets it be')
             value = ''
         if not empty and isinstance(value, str) and not value.strip():
             raise BadRow(name, f'is empty; may_be_empty: [{name}] in the template lets it be')
@@ -217,9 +217,7 @@ class Task:
         value = look_up(scope, self.label)
         if value is None:
             return None
-        if not self.labels:
-            raise UserError(f'task {self.name}: labels: missing; expected them here, or training rows to find them in')
-        for label in self.labels:
+        for label in named_labels(self).labels:
             if label.matches(value, typed):
                 return label
         raise _unknown(value, [label.value for label in self.labels], self.label)
@@ -259,6 +257,13 @@ def load_task(spec: str | Path | Mapping[str, Any] | Task) -> Task:
     if not isinstance(data, Mapping):
         raise UserError(f"{path}: found {spell(data)}; expected a mapping of keys, see the package's templates")
     return _from_mapping(data, str(path))
+
+
+def named_labels(task: Task) -> Task:
+    """The task, which has to name its labels: there are no training rows to find them in."""
+    if not task.labels:
+        raise UserError(f'task {task.name}: labels: missing; expected the classes, two or more')
+    return task
 
 
 # A column, whose name may hold dots or stand in brackets, then keys. Nothing reaches an attribute.

@@ -132,7 +132,9 @@ def check_cuttable(value: object, text: str) -> list[int] | None:
         return None
     good = isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
     if not good or not 0 <= value[0] <= value[1] <= len(text):  # pyright: ignore[reportIndexIssue]
-        raise BadRow('cuttable', f'found {spell(value)}; expected [start, end] in the {len(text)} characters of the text')
+        raise BadRow(
+            'cuttable', f'found {spell(value)}; expected [start, end] in the {len(text)} characters of the text'
+        )
     return value  # pyright: ignore[reportReturnType]
 
 
