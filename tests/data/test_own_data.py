@@ -267,7 +267,9 @@ def test_a_text_too_long_is_told_before_the_first_step(folder, tmp_path, loader)
 def test_an_evaluation_row_of_another_label_is_named(folder, tmp_path):
     (tmp_path / 'odd.csv').write_text('ticket id,my text,notes,topic\n1,a,,bug\n2,b,,sales\n')
     loader = {'odd': {'source': str(tmp_path / 'odd.csv'), 'cache_dir': str(tmp_path / 'cache')}}
-    with pytest.raises(UserError, match='odd.csv, line 3, field topic: found "sales"; expected one of "access", "bill'):
+    with pytest.raises(
+        UserError, match=r'odd\.csv, line 3, field topic: found "sales"; expected one of "access", "bill'
+    ):
         train(config_of(folder, tmp_path / 'run', TICKETS, eval_loaders=loader))
 
 
