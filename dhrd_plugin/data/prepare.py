@@ -88,7 +88,7 @@ def _prepare(args: argparse.Namespace) -> None:
     check_targets(args, [out for _, out in targets])
     if args.tokenizer:
         load_collator(args.tokenizer)  # a wrong name fails now, not after the reading
-    task = _with_labels(args, task, [split for split, _ in targets])
+    task = _with_labels(args, task)
     import streaming  # noqa: F401  (seconds that would count as the data's)
 
     with ExitStack() as stack, _SetAside(args.skip_bad) as aside:
@@ -106,10 +106,11 @@ def _prepare(args: argparse.Namespace) -> None:
         print(f'set aside: {aside.count:,} bad rows, in {args.skip_bad}')
 
 
-def _with_labels(args: argparse.Namespace, task: Task, splits: Sequence[str | None]) -> Task:
-    """The task with the labels of the training rows: those of the split train, if it is one of several."""
-    split = next((split for split in splits if split in SPLITS['train']), splits[0])
+def _with_labels(args: argparse.Namespace, task: Task) -> Task:
+    """The task with the labels of the training rows: those of a folder's split train, else those of the input."""
     skip: OnBad = raise_bad if args.skip_bad is None else lambda bad: None  # the reading itself sets them aside
+    splits = splits_in(args.input) if Path(args.input).expanduser().is_dir() else {}
+    split = 'train' if 'train' in splits else args.split or next(iter(splits), None)
     return with_labels(task, args.input, split, skip, args.max_row_bytes)
 
 

@@ -165,6 +165,19 @@ def test_rows_in_memory(tmp_path, kind):
         write_rows([{'my text': 'a', 'note': '', 'label': 7}], tmp_path / 'other', summary['task'])
 
 
+def test_prepare_takes_the_labels_of_the_split_train(tmp_path, capsys):
+    write(tmp_path, ['10', '9'], 'csv').rename(tmp_path / 'train.csv')
+    (tmp_path / 'task.yaml').write_text(json.dumps(BARE))
+    common = ['prepare', '--template', str(tmp_path / 'task.yaml'), '--input', str(tmp_path)]
+    for labels, status in ((['9', '9'], 0), (['9', '8'], 2)):
+        write(tmp_path, labels, 'csv').rename(tmp_path / 'validation.csv')
+        assert main([*common, '--output', str(tmp_path / f'out{status}')]) == status
+        assert main([*common, '--split', 'validation', '--output', str(tmp_path / f'one{status}')]) == status
+    printed = capsys.readouterr()
+    assert 'labels: 9 1 (50%), 10 1 (50%)' in printed.out and 'labels: 9 2 (100%), 10 0 (0%)' in printed.out
+    assert 'validation.csv, line 3, field label: found "8"; expected one of 9, 10' in printed.err
+
+
 # ----------------------------------------------------------------------------- from a CSV to predictions
 
 
