@@ -296,7 +296,7 @@ def _restored_tokenizer(
             tokenizer = _restore_tokenizer(files, Path(scratch))
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
             tokenizer.padding_side = 'right'
-            if max_seq_len is not None:
+            if isinstance(max_seq_len, int):
                 tokenizer.model_max_length = max_seq_len
         yield tokenizer
 

@@ -262,6 +262,8 @@ def build_tokenizer_from(config: Config) -> PreTrainedTokenizerBase:
 def build_model(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) -> ComposerDualHeadClassifier:
     """The ComposerModel of the config. Seed before: the heads are drawn at random."""
     settings = config.model
+    if settings.class_weights == 'balanced':  # a trainer that is not ours
+        raise UserError("model.class_weights: found 'balanced', which is for dhrd train; expected a list of numbers")
     kwargs: dict[str, Any] = {}
     if settings.attn_implementation:
         kwargs['attn_implementation'] = settings.attn_implementation
