@@ -221,7 +221,7 @@ def check_triplet(row: Mapping[str, Any], task: Task | None = None, labelled: bo
             'weight': check_weight(get('weight'), 'weight'),
             'group': check_text(get('group', ''), 'group', True),
             'probabilities': probabilities,
-            'cuttable': check_cuttable(get('cuttable'), get('input_text')),
+            'cuttable': check_cuttable(get('cuttable'), row['input_text']),
         }
         return check_target(triplet, 'label', 'rationale') if labelled else triplet
     except BadRow as error:
