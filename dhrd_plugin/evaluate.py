@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils import logging
 from dhrd_plugin import files, ranks
 from dhrd_plugin.cli import Parser, run
 from dhrd_plugin.data.inspect import read_shards
-from dhrd_plugin.data.tasks import Task, load_task
+from dhrd_plugin.data.tasks import Task, load_task, named_labels
 from dhrd_plugin.data.texts import Text
 from dhrd_plugin.data.triplet import Triplet
 from dhrd_plugin.data.triplets import read_triplets
@@ -74,6 +75,8 @@ def report_on(
     if spec is None:
         raise UserError(f'--task: missing; {model} has none stored with it')
     template = load_task(spec)
+    if not template.labels:  # a template that leaves them to the training rows
+        template = replace(template, labels=named_labels(load_task(classifier.task or spec)).labels)
     label_order(classifier.label_names, template.label_names)
     rows = [row for place in data for row in _checked(read_data(place, template, split), template, place)]
     if not rows:
@@ -113,8 +116,9 @@ def predict_rows(
 ) -> Tensor:
     """[N, K] probabilities of N rows, in the order of the task's labels; every rank calls it with the same rows."""
     order = label_order(classifier.label_names, task.label_names)
-    texts = [Text(f'row {row["id"]}', row['id'], row['input_text']) for row in rows]
-    return predict_on_ranks(classifier.model, classifier.tokenizer, texts, batch_size, precision)[:, order]
+    texts = [Text(f'row {row["id"]}', row['id'], row['input_text'], row.get('cuttable')) for row in rows]
+    limit = classifier.max_seq_len
+    return predict_on_ranks(classifier.model, classifier.tokenizer, texts, batch_size, precision, limit)[:, order]
 
 
 def label_order(found: Sequence[str], wanted: Sequence[str]) -> list[int]:

@@ -12,7 +12,7 @@ from composer.utils import dist
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_plugin.algorithms import auxiliary_reasoning_loss
-from dhrd_plugin.data.tasks import load_task
+from dhrd_plugin.data.tasks import load_task, named_labels
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models.build import build_tokenizer
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
@@ -73,7 +73,7 @@ class DualHeadClassifier(ComposerDualHeadClassifier):
         if 'reasoning_targets' in model:
             raise UserError(f'{WHERE}: model.reasoning_targets: belongs to the data; expected it in train_loader')
         config = partial_config(WHERE, task=task, max_seq_len=max_seq_len, markers=markers or {}, model=model)
-        return build_model(config, load_task(task), tokenizer)
+        return build_model(config, named_labels(load_task(task)), tokenizer)
 
 
 class TripletTokenizer(PreTrainedTokenizerBase):
@@ -140,7 +140,7 @@ def triplets(
     key = 'eval_loaders.eval' if evaluation else 'train_loader'
     settings = loaders(config)[key]
     check_loader(key, settings)
-    built = load_task(task)
+    built = named_labels(load_task(task))
     streams = find_streams(key, settings, built)
     if evaluation:
         return build_evaluator(config, built, tokenizer, 'eval', streams).dataloader

@@ -97,7 +97,8 @@ def _read(args: argparse.Namespace, task: Task | None) -> Iterator[Text]:
 
 def _answers(classifier: Classifier, texts: list[Text], args: argparse.Namespace) -> list[dict[str, Any]]:
     """What is written of each text; every rank calls it with the same texts."""
-    found = predict_on_ranks(classifier.model, classifier.tokenizer, texts, args.batch_size, args.precision)
+    model, tokenizer, limit = classifier.model, classifier.tokenizer, classifier.max_seq_len
+    found = predict_on_ranks(model, tokenizer, texts, args.batch_size, args.precision, limit)
     names = classifier.label_names
     labels = classifier.labels_of(found, args.abstain)
     return [

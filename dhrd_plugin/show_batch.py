@@ -13,7 +13,7 @@ from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.streams.dataset import draw_rationale
 from dhrd_plugin.streams.rows import StreamRows
-from dhrd_plugin.training.builders import build_collator, build_tokenizer_from, find_streams
+from dhrd_plugin.training.builders import build_collator, build_tokenizer_from, find_labels, find_streams
 from dhrd_plugin.training.checks import check_limits
 from dhrd_plugin.training.config import Config, load_config
 
@@ -36,7 +36,7 @@ def render_row(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
 def show(config: Config, count: int, console: Console) -> None:
     """Print the first rows of the training set, in the order in which they are stored."""
     check_limits(config)
-    task = load_task(config.task)
+    task = find_labels(config, load_task(config.task))
     rows = StreamRows(find_streams('train_loader', config.train_loader, task))
     tokenizer = build_tokenizer_from(config)
     collator = build_collator(config, task, tokenizer)

@@ -137,6 +137,14 @@ def test_the_script_that_writes_shards(tmp_path, monkeypatch):
     assert (tmp_path / 'shards' / 'train' / 'index.json').is_file()
 
 
+def test_the_script_that_writes_a_frame(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(compile(block_under(DATA, 'From Python'), DATA, 'exec'), found)
+    assert found['summary']['label_names'] == ['billing', 'bug']
+    assert (tmp_path / 'shards' / 'validation' / 'index.json').is_file()
+
+
 # ------------------------------------------------------------------------------------ what they name
 
 

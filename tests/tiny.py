@@ -126,6 +126,7 @@ def triplet(index=0, words=4, reason=3, label=None):
         'weight': 1.0,
         'group': '',
         'probabilities': None,
+        'cuttable': None,
     }
 
 

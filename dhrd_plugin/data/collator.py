@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_plugin.data.triplet import BadRow, check_probabilities, check_text, check_weight, spell
+from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.models.extent import Span
@@ -176,7 +177,8 @@ class TripletCollator:
                 checked(check_text, rationale, 'rationale', triplet.get('id', index), empty=True)
                 answer = triplet.get('answer') or triplet.get('label')
                 checked(check_text, answer, 'answer', triplet.get('id', index))
-        inputs: Any = self.tokenizer([t['input_text'] for t in triplets], verbose=False)['input_ids']
+        texts = [fit(self.tokenizer, t['input_text'], t.get('cuttable'), self.max_seq_len) for t in triplets]
+        inputs: Any = self.tokenizer(texts, verbose=False)['input_ids']
         reasons = self._tokenize_rationales(rationales)
         return list(map(self._encode_row, triplets, inputs, reasons))
 
@@ -197,7 +199,7 @@ class TripletCollator:
         if len(input_ids) > limit:
             raise UserError(
                 f'{where}: input_text: found {len(input_ids)} tokens; expected at most max_seq_len={limit} '
-                '(the pooled input is never cut: raise max_seq_len or shorten the text)'
+                '(raise max_seq_len, or name a field of the prompt to cut: truncate in the task)'
             )
         if reason is None:
             return Encoded(input_ids, len(input_ids), [])

@@ -1,11 +1,19 @@
 """The rows of a CSV file, cut right however long a row is."""
 
 import csv
+import re
 from collections.abc import Iterator
 from typing import TextIO
 
+DELIMITERS = ',;\t|'
 # Where in a row a text ends: before a cell, in a plain one, in a quoted one, after a quote in that.
 _START, _PLAIN, _QUOTED, _QUOTE = range(4)
+
+
+def delimiter_of(header: str) -> str:
+    """What stands between the cells of a header: a comma, or what stands there more often, outside quotes."""
+    bare = re.sub(r'"[^"]*("|$)', '', header)
+    return max(DELIMITERS, key=bare.count)  # of two as frequent the first
 
 
 class CsvLines:
@@ -16,12 +24,14 @@ class CsvLines:
     Args:
         file: opened with ``newline=''``.
         max_chars: of a row.
+        delimiter: what stands between cells. Default: a comma.
 
     Raises:
         csv.Error: a quote is out of place, or the last one is missing: where the next row begins is unknown.
     """
 
-    def __init__(self, file: TextIO, max_chars: int):
+    def __init__(self, file: TextIO, max_chars: int, delimiter: str = ','):
+        self.delimiter = delimiter
         self.file, self.limit = file, max_chars + len('\r\n')
         self.first = 0  # the number of the row's first line, from 1
         self._count = self._size = 0  # of the lines so far; of the row's characters
@@ -29,7 +39,7 @@ class CsvLines:
 
     def __iter__(self) -> Iterator[list[str] | None]:
         csv.field_size_limit(max(csv.field_size_limit(), self.limit))
-        reader = csv.reader(self._lines(), strict=True)
+        reader = csv.reader(self._lines(), delimiter=self.delimiter, strict=True)
         while True:
             self.first, self._size = self._count + 1, 0
             try:
@@ -37,7 +47,7 @@ class CsvLines:
             except StopIteration:
                 return
             except _LongRow:
-                reader = csv.reader(self._lines(), strict=True)
+                reader = csv.reader(self._lines(), delimiter=self.delimiter, strict=True)
                 self._skip()
                 yield None
 
@@ -53,7 +63,7 @@ class CsvLines:
         """Read on to the end of the row."""
         line, state = self._line, _QUOTED if self._quoted else _START
         while line:
-            state, whole = _state_after(line, state), line.endswith(('\n', '\r'))
+            state, whole = _state_after(line, state, self.delimiter), line.endswith(('\n', '\r'))
             if whole and state != _QUOTED:
                 place = self.file.tell()
                 if line.endswith('\r') and self.file.read(1) != '\n':  # the limit may have cut a line end in two
@@ -69,7 +79,7 @@ class _LongRow(Exception):
     """A row is longer than it may be."""
 
 
-def _state_after(text: str, state: int) -> int:
+def _state_after(text: str, state: int, delimiter: str) -> int:
     at = 0
     while at < len(text):
         if state == _QUOTED:
@@ -78,14 +88,14 @@ def _state_after(text: str, state: int) -> int:
                 return _QUOTED
             state = _QUOTE
         elif state == _PLAIN:
-            at = text.find(',', at) + 1
+            at = text.find(delimiter, at) + 1
             if not at:
                 return _PLAIN
             state = _START
         elif text[at] == '"':  # the first of a cell, or the second of two that stand for one
             state, at = _QUOTED, at + 1
-        elif state == _QUOTE and text[at] not in ',\r\n':
-            raise csv.Error("',' expected after '\"'")
+        elif state == _QUOTE and text[at] not in f'{delimiter}\r\n':
+            raise csv.Error(f"'{delimiter}' expected after '\"'")
         else:
             state = _PLAIN
     return state

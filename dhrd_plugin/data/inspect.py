@@ -13,7 +13,15 @@ from typing import Any, cast
 from dhrd_plugin.cli import Parser, number, run
 from dhrd_plugin.data.lengths import Findings, describe, load_collator, merge, summarise, survey
 from dhrd_plugin.data.rows import catching_bad, raise_bad
-from dhrd_plugin.data.triplet import COLUMNS, Triplet, check_id, check_probabilities, check_text, check_weight
+from dhrd_plugin.data.triplet import (
+    COLUMNS,
+    Triplet,
+    check_cuttable,
+    check_id,
+    check_probabilities,
+    check_text,
+    check_weight,
+)
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.files import check_file, replacing, write_bytes
 from dhrd_plugin.streams.index import INDEX, check_bytes, check_columns, parse_index
@@ -113,7 +121,14 @@ def _read_shard(place: str | Path, entry: dict[str, Any], here: Path) -> list[Tr
 
 def _triplet(row: dict[str, Any], where: str) -> Triplet:
     """A row of a shard, checked, as anybody may have written it; it may lack the columns that have a default."""
-    full = {'answer': row['label'], 'probabilities': None, 'rationale': None, 'weight': 1.0, 'group': ''} | row
+    full = {
+        'answer': row['label'],
+        'cuttable': None,
+        'probabilities': None,
+        'rationale': None,
+        'weight': 1.0,
+        'group': '',
+    } | row
     with catching_bad(raise_bad, where):
         for name in ('input_text', 'label', 'answer', 'group'):
             check_text(full[name], name, empty=True)
@@ -121,6 +136,7 @@ def _triplet(row: dict[str, Any], where: str) -> Triplet:
         for text in rationale if isinstance(rationale, list) else [] if rationale is None else [rationale]:
             check_text(text, 'rationale', empty=True)
         check_probabilities(full['probabilities'], 'probabilities')
+        check_cuttable(full['cuttable'], full['input_text'])
         checked = {'id': check_id(full['id'], 'id', empty=True), 'weight': check_weight(full['weight'], 'weight')}
         return cast(Triplet, {name: full[name] for name in COLUMNS} | checked)
 

@@ -19,18 +19,22 @@ class Findings:
 
     input: Counter[int] = field(default_factory=Counter)  # how many inputs have which length
     sequence: Counter[int] = field(default_factory=Counter)  # the same for input, rationale and answer together
+    cuttable: Counter[int] = field(default_factory=Counter)  # of those inputs that may be cut
     leaks: list[str] = field(default_factory=list)  # ids of the rows whose rationale states their label or answer
 
 
-def survey(triplets: list[Triplet], tokenizer: str | None = None) -> Findings:
+def survey(triplets: list[Triplet], tokenizer: Any = None) -> Findings:
     """Count lengths and leaks; where a row has several rationales, the longest counts.
 
-    Lengths are in tokens, markers included, as the model will see them; without a tokenizer in words.
+    Lengths are in tokens, markers included, as the model will see them; without a tokenizer in words. ``tokenizer`` is
+    the name of one, or a :class:`~dhrd_plugin.TripletCollator` without ``max_seq_len``.
     """
     found = Findings(leaks=[row['id'] for row in triplets if _leaks(row)])
-    for sequence, part in _tokens(triplets, tokenizer) if tokenizer else _words(triplets):
+    lengths = _tokens(triplets, tokenizer) if tokenizer else _words(triplets)
+    for row, (sequence, part) in zip(triplets, lengths, strict=True):
         found.sequence[sequence] += 1
         found.input[part] += 1
+        found.cuttable[part] += row.get('cuttable') is not None
     return found
 
 
@@ -40,6 +44,7 @@ def merge(parts: Iterable[Findings]) -> Findings:
     for part in parts:
         merged.input.update(part.input)
         merged.sequence.update(part.sequence)
+        merged.cuttable.update(part.cuttable)
         merged.leaks += part.leaks
     return merged
 
@@ -48,8 +53,9 @@ def summarise(found: Findings, tokenizer: str | None = None, max_seq_len: int | 
     """Findings as plain data, for ``triplets.json``.
 
     ``lengths`` holds those that 50, 95 and 100 % of the rows do not exceed. With a ``max_seq_len`` (of the training,
-    in tokens) ``cut`` counts the rows whose rationale will be cut or left out, and ``inputs_too_long`` those whose
-    input alone is longer, which training refuses.
+    in tokens) ``cut`` counts the rows whose rationale will be cut or left out, ``inputs_cut`` those whose input is
+    longer and may be cut (``truncate``), and ``inputs_too_long`` those whose input alone is longer, which training
+    refuses.
     """
     summary: dict[str, Any] = {
         'lengths': {
@@ -61,9 +67,10 @@ def summarise(found: Findings, tokenizer: str | None = None, max_seq_len: int | 
         'states_label': {'rows': len(found.leaks), 'ids': found.leaks[:MAX_IDS]},
     }
     if max_seq_len:
-        too_long = _longer(found.input, max_seq_len)
-        cut = _longer(found.sequence, max_seq_len) - too_long
-        summary |= {'max_seq_len': max_seq_len, 'cut': cut, 'inputs_too_long': too_long}
+        longer, inputs_cut = _longer(found.input, max_seq_len), _longer(found.cuttable, max_seq_len)
+        cut = _longer(found.sequence, max_seq_len) - longer
+        summary |= {'max_seq_len': max_seq_len, 'cut': cut, 'inputs_cut': inputs_cut}
+        summary['inputs_too_long'] = longer - inputs_cut
     return summary
 
 
@@ -80,7 +87,7 @@ def describe(place: object, summary: Mapping[str, Any]) -> Iterator[str]:
     yield f'{place}: {rows:,} rows in {count:,} shard{"s" * (count > 1)}, {summary["bytes"]:,} bytes{speed}'
     if 'hashes' in summary:
         yield f'  hashes checked: {", ".join(sorted(summary["hashes"])) or "none: the index holds none"}'
-    yield '  labels: ' + ', '.join(f'{name or "(none)"} {count:,}' for name, count in summary['labels'].items())
+    yield f'  labels: {shares(summary["labels"])}'
     several = f' ({summary["several"]:,} with several)' if 'several' in summary else ''
     yield f'  rationales: {rows - without:,} rows with{several}, {without:,} without'
     if told := summary.get('with_probabilities'):
@@ -90,19 +97,39 @@ def describe(place: object, summary: Mapping[str, Any]) -> Iterator[str]:
             f'  joined: {joined["joined"]:,} of {joined["rationales"]:,} rationales, '
             f'{joined["unmatched"]:,} match no row, {joined["replaced"]:,} replace one of the row'
         )
-    for part in ('input', 'sequence'):
-        marks = ', '.join(f'{length:,} at {mark}' for mark, length in summary['lengths'][part].items())
-        yield f'  {summary["lengths"]["unit"]} of the {part}: {marks}'
-    if 'max_seq_len' in summary:
-        yield (
-            f'  at {summary["max_seq_len"]:,} tokens: {summary["cut"]:,} rationales cut, '
-            f'{summary["inputs_too_long"]:,} inputs too long, which training refuses'
-        )
+    yield from (f'  {line}' for line in describe_lengths(summary))
     if summary.get('set_aside'):
         yield f'  set aside: {summary["set_aside"]:,} bad rows'
-    if leaks := summary['states_label']['rows']:
-        ids = ', '.join(summary['states_label']['ids'][:10])
-        yield f'  warning: the rationale states the label in {leaks:,} rows: {ids}{", ..." * (leaks > 10)}'
+    if leaks := describe_leaks(summary):
+        yield f'  warning: {leaks}'
+
+
+def shares(labels: Mapping[str, int], most: int = 20) -> str:
+    """``yes 30 (75%), no 10 (25%)``: how many rows have which label, the first ``most`` of them."""
+    total = max(1, sum(labels.values()))
+    named = [f'{name or "(none)"} {count:,} ({count / total:.0%})' for name, count in labels.items()]
+    return ', '.join(named[:most]) + (f' and {len(named) - most:,} more' if len(named) > most else '')
+
+
+def describe_lengths(summary: Mapping[str, Any]) -> Iterator[str]:
+    """The lengths of :func:`summarise`, and what is cut, in lines for people."""
+    for part in ('input', 'sequence'):
+        marks = ', '.join(f'{length:,} at {mark}' for mark, length in summary['lengths'][part].items())
+        yield f'{summary["lengths"]["unit"]} of the {part}: {marks}'
+    if 'max_seq_len' in summary:
+        inputs_cut = f'{summary["inputs_cut"]:,} inputs cut, ' if summary.get('inputs_cut') else ''
+        yield (
+            f'at {summary["max_seq_len"]:,} tokens: {inputs_cut}{summary["cut"]:,} rationales cut, '
+            f'{summary["inputs_too_long"]:,} inputs too long, which training refuses'
+        )
+
+
+def describe_leaks(summary: Mapping[str, Any]) -> str:
+    """Which rationales state the label; empty where none does."""
+    found = summary['states_label']
+    some = ', '.join(found['ids'][:10])
+    more = ', ...' * (found['rows'] > 10)
+    return f'the rationale states the label in {found["rows"]:,} rows: {some}{more}' if found['rows'] else ''
 
 
 @lru_cache(maxsize=1)
@@ -146,8 +173,8 @@ def _words(triplets: list[Triplet]) -> Iterator[tuple[int, int]]:
         yield part + max(reasoning, default=0) + answer, part
 
 
-def _tokens(triplets: list[Triplet], tokenizer: str) -> Iterator[tuple[int, int]]:
-    collator = load_collator(tokenizer)
+def _tokens(triplets: list[Triplet], tokenizer: Any) -> Iterator[tuple[int, int]]:
+    collator = load_collator(tokenizer) if isinstance(tokenizer, str) else tokenizer
     longest = [{**row, 'rationale': max(_texts(row), key=len, default=row['rationale'])} for row in triplets]
     for start in range(0, len(longest), BATCH):
         for row in collator.encode(longest[start : start + BATCH]):

@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 from dhrd_plugin import files
 from dhrd_plugin.cli import Parser, number, run
 from dhrd_plugin.data.controls import CONTROLS, apply_control
+from dhrd_plugin.data.labels import task_of_rows, with_labels
 from dhrd_plugin.data.lengths import describe, load_collator, merge, summarise, survey
-from dhrd_plugin.data.rows import MAX_ROW_BYTES, SPLITS, splits_in
-from dhrd_plugin.data.shards import HASHES, SHARD_SIZE, write_set
+from dhrd_plugin.data.rows import MAX_ROW_BYTES, SPLITS, OnBad, Row, catching_bad, raise_bad, splits_in
+from dhrd_plugin.data.shards import HASHES, SHARD_SIZE, write_set, write_triplets
 from dhrd_plugin.data.tasks import Task, load_task, task_names
-from dhrd_plugin.data.triplet import BadRow
+from dhrd_plugin.data.triplet import BadRow, Triplet, spell
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError, tell, user_errors
 from dhrd_plugin.streams.publish import check_free, publish, staged
@@ -86,6 +88,7 @@ def _prepare(args: argparse.Namespace) -> None:
     check_targets(args, [out for _, out in targets])
     if args.tokenizer:
         load_collator(args.tokenizer)  # a wrong name fails now, not after the reading
+    task = _with_labels(args, task)
     import streaming  # noqa: F401  (seconds that would count as the data's)
 
     with ExitStack() as stack, _SetAside(args.skip_bad) as aside:
@@ -101,6 +104,14 @@ def _prepare(args: argparse.Namespace) -> None:
             print(f'  of the replaced set, which runs may still read: {len(left[out]):,} files, {", ".join(left[out])}')
     if aside.count:
         print(f'set aside: {aside.count:,} bad rows, in {args.skip_bad}')
+
+
+def _with_labels(args: argparse.Namespace, task: Task) -> Task:
+    """The task with the labels of the training rows: those of a folder's split train, else those of the input."""
+    skip: OnBad = raise_bad if args.skip_bad is None else lambda bad: None  # the reading itself sets them aside
+    splits = splits_in(args.input) if Path(args.input).expanduser().is_dir() else {}
+    split = 'train' if 'train' in splits else args.split or next(iter(splits), None)
+    return with_labels(task, args.input, split, skip, args.max_row_bytes)
 
 
 def check_targets(args: argparse.Namespace, outs: Sequence[str | Path]) -> None:
@@ -168,6 +179,57 @@ def _write_split(
 
     options = (args.compression, args.hashes, args.shard_size, args.workers, labelled, find, more)
     return write_set(rows, folder, task, *options, source=f'{args.input} {split or ""}'.rstrip())
+
+
+def write_rows(
+    rows: Any, out: str | Path, task: str | Path | Mapping[str, Any] | Task, *, overwrite: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Write rows that are in memory as MDS shards, as ``dhrd prepare`` writes those of a file.
+
+    Args:
+        rows: a pandas ``DataFrame``, a ``datasets.Dataset``, or an iterable of mappings, with the task's fields.
+            NaN is a missing field.
+        out: a folder, or an address such as ``s3://bucket/rte/train``.
+        task: as for :func:`~dhrd_plugin.data.tasks.load_task`; without ``labels`` those of the rows.
+        overwrite: whether a set that is there may be replaced. Default: False.
+        **options: of :func:`~dhrd_plugin.data.shards.write_triplets`.
+
+    Returns:
+        The summary, as written to ``triplets.json``; its ``task`` has the labels, for the rows to evaluate on.
+
+    Raises:
+        UserError: a row does not fit the task; the error says which, and names the field.
+
+    Example:
+        >>> write_rows([{'text': 'Hi', 'label': 'a'}, {'text': 'Ho', 'label': 'b'}], 'train', {'prompt': '{text}'})
+    """
+    task, found = load_task(task), list(_rows_of(rows))
+    if not task.labels:
+        task = task_of_rows(task, found, 'rows')
+    triplets = _triplets_of(found, task, options.get('labelled', True))
+    return write_triplets(triplets, out, task=task, overwrite=overwrite, **options)
+
+
+def _rows_of(rows: Any) -> Iterator[Row]:
+    """Each row as a file would give it: Python's own values, None where pandas has NaN."""
+    records = rows.to_dict('records') if hasattr(rows, 'to_dict') and hasattr(rows, 'columns') else rows
+    for count, fields in enumerate(records, 1):
+        if not isinstance(fields, Mapping):
+            raise UserError(f'row {count}: found {spell(fields)}; expected a mapping of fields')
+        yield Row(f'row {count}', count, {str(key): _plain(value) for key, value in fields.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A value without NumPy's and pandas' types; None for NaN, NaT and NA."""
+    value = value.tolist() if hasattr(value, 'tolist') else value
+    missing = type(value).__name__ in ('NAType', 'NaTType') or (isinstance(value, float) and math.isnan(value))
+    return None if missing else value
+
+
+def _triplets_of(rows: Sequence[Row], task: Task, labelled: bool) -> Iterator[Triplet]:
+    for row in rows:
+        with catching_bad(raise_bad, row.where, row.fields):
+            yield from task.triplets(row.fields, labelled, number=row.number)
 
 
 class _SetAside:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from dhrd_plugin.data.csv_lines import CsvLines
+from dhrd_plugin.data.csv_lines import CsvLines, delimiter_of
 from dhrd_plugin.data.tasks import Task
 from dhrd_plugin.data.triplet import BadRow, is_unicode, spell
 from dhrd_plugin.errors import UserError, one_line, user_errors
@@ -282,7 +282,7 @@ def _skip_blank(text: str, at: int) -> int:
 
 
 def _read_csv(path: Path, on_bad: OnBad, max_bytes: int) -> Iterator[Row]:
-    """The rows under a CSV file's header; an empty cell is a missing field.
+    """The rows under a CSV file's header, whose cells stand apart by what the header has most of; an empty one is None.
 
     Where a quote is out of place nobody can tell the inside of a cell from a new row, so that such a row
     ends the reading, even where bad rows are set aside.
@@ -290,7 +290,9 @@ def _read_csv(path: Path, on_bad: OnBad, max_bytes: int) -> Iterator[Row]:
     header: list[str] = []
     number = 0
     with path.open(encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
-        lines = CsvLines(file, max_bytes)
+        delimiter = delimiter_of(file.readline(max_bytes))
+        file.seek(0)
+        lines = CsvLines(file, max_bytes, delimiter)
         try:
             for cells in lines:
                 where = f'{path}, line {lines.first}'
@@ -305,7 +307,7 @@ def _read_csv(path: Path, on_bad: OnBad, max_bytes: int) -> Iterator[Row]:
                         raise BadRow('', f'{len(cells)} cells where the header has {len(header)}')
                     fields = _checked(dict(zip(header, cells, strict=False)), ''.join(cells))
                     if cells:
-                        yield Row(where, number, {key: cell for key, cell in fields.items() if cell})
+                        yield Row(where, number, {key: cell or None for key, cell in fields.items() if key or cell})
         except csv.Error as error:
             reason = f'not valid CSV: {error}; no row after it can be told from the inside of a cell'
             raise BadRow('', reason, f'{path}, line {lines.first}') from None

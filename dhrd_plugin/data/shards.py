@@ -25,6 +25,7 @@ from dhrd_plugin.data.triplet import (
     COLUMNS,
     BadRow,
     Triplet,
+    check_cuttable,
     check_probabilities,
     check_rationale,
     check_target,
@@ -40,8 +41,8 @@ from dhrd_plugin.streams.remote import is_remote
 
 HASHES = ('sha1', 'xxh64')
 SHARD_SIZE = 1 << 24  # 16 Mi
-FORMAT = 3  # of the shards and the summary; a change makes every cached set a new one
-_SIZES, _WEIGHT = struct.Struct('=7I').pack, struct.Struct('=d').pack
+FORMAT = 4  # of the shards and the summary; a change makes every cached set a new one
+_SIZES, _WEIGHT = struct.Struct('=8I').pack, struct.Struct('=d').pack
 
 Survey = Callable[[list[Triplet]], Any]
 
@@ -220,6 +221,7 @@ def check_triplet(row: Mapping[str, Any], task: Task | None = None, labelled: bo
             'weight': check_weight(get('weight'), 'weight'),
             'group': check_text(get('group', ''), 'group', True),
             'probabilities': probabilities,
+            'cuttable': check_cuttable(get('cuttable'), row['input_text']),
         }
         return check_target(triplet, 'label', 'rationale') if labelled else triplet
     except BadRow as error:
@@ -306,6 +308,7 @@ def encode_triplet(triplet: Triplet) -> bytes:
     """
     texts = [
         triplet['answer'].encode(),
+        json.dumps(triplet['cuttable']).encode(),
         triplet['group'].encode(),
         triplet['id'].encode(),
         triplet['input_text'].encode(),

@@ -42,10 +42,19 @@ class Label:
 
     def matches(self, value: object, typed: bool) -> bool:
         """Whether a row's value means this class; see :meth:`Task.triplets`."""
+        value = as_whole(value, typed)
         if typed:  # Python says 1 == True; JSON does not
             return type(value) is type(self.value) and value == self.value
         known = str(self.value)
         return str(value) in ((known, known.lower()) if isinstance(self.value, bool) else (known,))
+
+
+def as_whole(value: object, typed: bool) -> object:
+    """``1`` for the ``1.0`` that pandas writes where a column of whole numbers has gaps; else the value."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    found = re.fullmatch(r'(-?\d+)\.0+', value) if not typed and isinstance(value, str) else None
+    return found[1] if found else value
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,11 @@ class Task:
     """A template, checked. Build it with :func:`load_task`.
 
     Attributes:
-        name: the task's name.
         prompt: the input text, a format string over the row's fields. ``{year:d}`` is a number,
             every other field must hold text.
-        labels: the classes, in the order of the classifier's outputs.
+        name: the task's name. Default: ``own``.
+        labels: the classes, in the order of the classifier's outputs. Default: none; they are found in the training
+            rows, see :mod:`dhrd_plugin.data.labels`.
         label: the field of the label. Default: ``label``.
         id: the field of the row's id, or a format string over several; where it is empty, the
             row's number in its file is its id, and behind it the item's where rows explode. Default: ''.
@@ -65,7 +75,9 @@ class Task:
         weight: the field of the row's weight, which rows may lack. Default: ``weight``.
         probabilities: the field of a teacher's probabilities, which rows may lack. Default: ``probabilities``.
         words: for a prompt field, the words to print for each of its values. Default: none.
-        may_be_empty: prompt fields that may hold an empty text. Default: none.
+        may_be_empty: prompt fields that may be empty: an empty text, an empty cell, or null. Default: none.
+        truncate: the prompt field that is cut at its end where the input is longer than ``max_seq_len``. Default:
+            none; such an input is refused.
         explode: ``'name in field'`` clauses, read like Python's ``for``: a row becomes one triplet for
             each item, which the other keys call by its name. Default: none.
         metrics: of ``METRICS``: accuracy, macro_f1, f1a (F1 of the second of two labels) and em (exact
@@ -74,9 +86,9 @@ class Task:
             that differ there. Default: none.
     """
 
-    name: str
     prompt: str
-    labels: tuple[Label, ...]
+    name: str = 'own'
+    labels: tuple[Label, ...] = ()
     label: str = 'label'
     id: str = ''
     group: str = ''
@@ -85,6 +97,7 @@ class Task:
     probabilities: str = 'probabilities'
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     may_be_empty: tuple[str, ...] = ()
+    truncate: str = ''
     explode: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ('accuracy',)
     hub: Mapping[str, Any] = field(default_factory=dict)
@@ -118,26 +131,34 @@ class Task:
         Raises:
             BadRow: a field of the prompt is missing, empty or not text.
         """
+        return self.render_cuttable(row)[0]
+
+    def render_cuttable(self, row: Mapping[str, Any]) -> tuple[str, list[int] | None]:
+        """The input text of one row, and which of its characters may be cut: ``[start, end]``, if ``truncate`` is set.
+
+        Raises:
+            BadRow: as :meth:`render`.
+        """
         if self.explode:
             raise UserError(f'task {self.name}: a row gives several texts; use task.triplets(row)')
         return self._text(row)
 
-    def fill(self, text: str) -> str:
-        """The input text where ``text`` is the prompt's only field."""
+    def fill(self, text: str) -> tuple[str, list[int] | None]:
+        """As :meth:`render_cuttable`, where ``text`` is the prompt's only field."""
         scope: Any = text
         for key in reversed(_path(self.fields[0])):
             scope = {key: scope}
         return self._text(scope)
 
-    def texts(self, row: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
-        """The id, if there is one, and the input text of each triplet of a row; its other fields are not looked at.
+    def texts(self, row: Mapping[str, Any]) -> Iterator[tuple[str | None, str, list[int] | None]]:
+        """The id, if there is one, the input text, and what of it may be cut, of each triplet of a row.
 
         Raises:
             BadRow: a field of the prompt is missing, empty or not text; an id is no text or whole number.
         """
-        for scope in self._scopes(row):
-            text = self._text(scope)  # first, as what is wrong with it is what people look for
-            yield find_id(scope, self.id, 'id'), text
+        for scope in self.scopes(row):
+            text, cuttable = self._text(scope)  # first, as what is wrong with it is what people look for
+            yield find_id(scope, self.id, 'id'), text, cuttable
 
     def triplets(
         self, row: Mapping[str, Any], labelled: bool = True, typed: bool = True, number: int = 0
@@ -154,8 +175,8 @@ class Task:
         Raises:
             BadRow: the row does not fit the template; the error names the field.
         """
-        for item, scope in enumerate(self._scopes(row), 1):
-            text = self._text(scope)
+        for item, scope in enumerate(self.scopes(row), 1):
+            text, cuttable = self._text(scope)
             label = self._label(scope, typed)
             triplet: Triplet = {
                 'id': identify(scope, self.id) if self.id else f'{number}-{item}' if self.explode else str(number),
@@ -166,28 +187,49 @@ class Task:
                 'weight': check_weight(look_up(scope, self.weight), self.weight, typed),
                 'group': identify(scope, self.group) if self.group else '',
                 'probabilities': self._probabilities(scope, typed),
+                'cuttable': cuttable,
             }
             yield check_target(triplet, self.label, self.rationale) if labelled else triplet
 
-    def _scopes(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    def scopes(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The row, or for each of its items the row with the item under its name; see ``explode``."""
         scopes: list[Mapping[str, Any]] = [row]
         for clause in self.explode:
             name, _, source = clause.partition(' in ')
             scopes = [{**scope, name: item} for scope in scopes for item in _items(scope, source)]
         return scopes
 
-    def _text(self, scope: Mapping[str, Any]) -> str:
-        parts = []
+    def _text(self, scope: Mapping[str, Any]) -> tuple[str, list[int] | None]:
+        parts: list[str] = []
+        cuttable = None
         for literal, name, spec in _parse(self.prompt):
             parts.append(literal)
-            if name and spec:
-                parts.append(_number(look_up(scope, name), name, spec))
-            elif name:
-                text = check_text(look_up(scope, name), name, empty=name in self.may_be_empty)
-                if name in self.words and text not in self.words[name]:
-                    raise _unknown(text, self.words[name], name)
-                parts.append(self.words[name][text] if name in self.words else text)
-        return ''.join(parts)
+            if not name:
+                continue
+            start = sum(map(len, parts))
+            parts.append(self._field(scope, name, spec))
+            if name == self.truncate:
+                cuttable = [start, start + len(parts[-1])]
+        return ''.join(parts), cuttable
+
+    def _field(self, scope: Mapping[str, Any], name: str, spec: str) -> str:
+        """What a field of the prompt prints."""
+        value = look_up(scope, name)
+        if spec:
+            return _number(value, name, spec)
+        empty = name in self.may_be_empty
+        if value is None and is_there(scope, name):
+            if not empty:
+                raise BadRow(name, f'is missing (empty, or null); may_be_empty: [{name}] in the template lets it be')
+            value = ''
+        if not empty and isinstance(value, str) and not value.strip():
+            raise BadRow(name, f'is empty; may_be_empty: [{name}] in the template lets it be')
+        text = check_text(value, name, empty)
+        if name not in self.words:
+            return text
+        if text not in self.words[name]:
+            raise _unknown(text, self.words[name], name)
+        return self.words[name][text]
 
     def _probabilities(self, scope: Mapping[str, Any], typed: bool) -> dict[str, float] | None:
         value = look_up(scope, self.probabilities)
@@ -197,7 +239,7 @@ class Task:
         value = look_up(scope, self.label)
         if value is None:
             return None
-        for label in self.labels:
+        for label in named_labels(self).labels:
             if label.matches(value, typed):
                 return label
         raise _unknown(value, [label.value for label in self.labels], self.label)
@@ -239,6 +281,13 @@ def load_task(spec: str | Path | Mapping[str, Any] | Task) -> Task:
     return _from_mapping(data, str(path))
 
 
+def named_labels(task: Task) -> Task:
+    """The task, which has to name its labels: there are no training rows to find them in."""
+    if not task.labels:
+        raise UserError(f'task {task.name}: labels: missing; expected the classes, two or more')
+    return task
+
+
 # A column, whose name may hold dots or stand in brackets, then keys. Nothing reaches an attribute.
 _FIELD = re.compile(r'([^\[\]{}.!:]+(\.[^\[\]{}.!:_][^\[\]{}.!:]*)*|\[[^\[\]{}]+\])(\[[^\[\]{}]+\])*')
 
@@ -278,6 +327,13 @@ def look_up(scope: Mapping[str, Any], name: str) -> Any:
         except (KeyError, IndexError, TypeError, ValueError):
             return None
     return value
+
+
+def is_there(scope: Mapping[str, Any], name: str) -> bool:
+    """Whether a row has the field, be its cell empty (None); not where the column or the key is missing."""
+    *path, last = _path(name)
+    holder = look_up(scope, path[0] + ''.join(f'[{key}]' for key in path[1:])) if path else scope
+    return isinstance(holder, Mapping) and last in holder
 
 
 def _items(scope: Mapping[str, Any], name: str) -> list[Any]:
@@ -326,14 +382,16 @@ _KIND_NAMES: dict[type, str] = {str: 'a text', tuple: 'a list', Mapping: 'a mapp
 
 def _from_mapping(data: Mapping[str, Any], where: str) -> Task:
     _check_keys(data, where, _KINDS)
-    for key in ('name', 'prompt', 'labels'):
-        if not data.get(key):
-            raise UserError(f'{where}: the key {key!r} is missing')
+    if not data.get('prompt'):
+        raise UserError(f"{where}: the key 'prompt' is missing")
+    if not data.get('name', 'own'):
+        raise UserError(f'{where}: name: is empty; leave it out, or give one')
     hub = data.get('hub', {})
     _check_keys(hub, f'{where}: hub', {**_KINDS, 'path': str, 'config': str})
     if 'labels' in hub:
-        hub = {**hub, 'labels': _labels(hub['labels'], f'{where}: hub')}
-    task = Task(**{**_tuples(data), 'labels': _labels(data['labels'], where), 'hub': _tuples(hub)})
+        hub = {**hub, 'labels': build_labels(hub['labels'], f'{where}: hub')}
+    labels = build_labels(data['labels'], where) if data.get('labels') else ()
+    task = Task(**{**_tuples(data), 'labels': labels, 'hub': _tuples(hub)})
     _check_task(task, where)
     _check_task(task.for_hub(), f'{where}: hub')
     return task
@@ -352,7 +410,8 @@ def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
 
 
-def _labels(items: list[Any], where: str) -> tuple[Label, ...]:
+def build_labels(items: Iterable[Any], where: str) -> tuple[Label, ...]:
+    """The classes of a template's ``labels``: values, or mappings of ``value``, ``name`` and ``answer``."""
     labels = []
     for item in items:
         item = item if isinstance(item, Mapping) else {'value': item}
@@ -397,7 +456,8 @@ def _check_task(task: Task, where: str) -> None:
                 _check_format(name, spec)
     if not prompt_fields:
         raise UserError(f'{where}: prompt: names no field; write one as {{name}}')
-    for key, names in (('words', task.words), ('may_be_empty', task.may_be_empty)):
+    truncate = (task.truncate,) if task.truncate else ()
+    for key, names in (('words', task.words), ('may_be_empty', task.may_be_empty), ('truncate', truncate)):
         for name in names:
             if name not in prompt_fields:
                 raise UserError(f'{where}: {key}: the prompt has no field {name!r}; {nearest(name, prompt_fields)}')
@@ -409,5 +469,7 @@ def _check_task(task: Task, where: str) -> None:
             raise UserError(f'{where}: metrics: unknown metric {metric!r}; {nearest(metric, METRICS)}')
     if 'em' in task.metrics and not task.group:
         raise UserError(f'{where}: metrics: em, exact match by group, needs the key group')
-    if 'f1a' in task.metrics and len(task.labels) != 2:
+    if prompt_fields.count(task.truncate) > 1:
+        raise UserError(f'{where}: truncate: the prompt has {task.truncate!r} twice; expected it once')
+    if 'f1a' in task.metrics and task.labels and len(task.labels) != 2:
         raise UserError(f'{where}: metrics: f1a needs two labels, the second the positive one; use macro_f1')

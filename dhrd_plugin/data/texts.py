@@ -18,7 +18,7 @@ from dhrd_plugin.data.rows import (
     read_rows,
 )
 from dhrd_plugin.data.tasks import Task, find_id
-from dhrd_plugin.data.triplet import BadRow, check_text
+from dhrd_plugin.data.triplet import BadRow, check_cuttable, check_text
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.files import temporary, write_bytes
 from dhrd_plugin.streams.index import INDEX
@@ -31,6 +31,7 @@ class Text(NamedTuple):
     where: str  # for messages, such as "FILE, line 3"
     id: str | None  # of its row, if that has one
     text: str  # as the model reads it
+    cuttable: list[int] | None = None  # [start, end], the characters that may be cut to fit
 
 
 def read_texts(place: str, task: Task | None) -> Iterator[Text]:
@@ -69,7 +70,7 @@ def read_lines(lines: Iterable[bytes], task: Task | None, where: str) -> Iterato
             if text.lstrip().startswith('{'):
                 yield from _from_row(_parse(text), task, place)
             else:
-                yield Text(place, None, _from_plain(text, task))
+                yield Text(place, None, *_from_plain(text, task))
 
 
 def texts_of(items: Any, task: Task | None) -> list[Text]:
@@ -86,14 +87,14 @@ def texts_of(items: Any, task: Task | None) -> list[Text]:
             if isinstance(item, Mapping):
                 found += _from_row(item, task, place)
             else:
-                found.append(Text(place, None, _from_plain(item, task)))
+                found.append(Text(place, None, *_from_plain(item, task)))
     return found
 
 
 def as_argument(text: str, task: Task | None) -> str:
     """A text that is in its prompt already, as ``dhrd predict`` takes it: plain where it stays so, else as JSON."""
     with suppress(BadRow):
-        if not text.lstrip().startswith('{') and _from_plain(text, task) == text:
+        if not text.lstrip().startswith('{') and _from_plain(text, task)[0] == text:
             return text
     return json.dumps({'input_text': text}, ensure_ascii=False)
 
@@ -132,7 +133,8 @@ def _read_set(place: str) -> Iterator[Text]:
         for row in rows:
             where = f'{place}, row {row["id"]}'
             with catching_bad(raise_bad, where):
-                yield Text(where, row['id'] or None, check_text(row['input_text'], 'input_text'))
+                text = check_text(row['input_text'], 'input_text')
+                yield Text(where, row['id'] or None, text, check_cuttable(row.get('cuttable'), text))
 
 
 def _parse(line: str) -> Mapping[str, Any]:
@@ -151,19 +153,20 @@ def _from_row(row: Mapping[str, Any], task: Task | None, where: str) -> Iterator
     """What the template makes of a row; or its ``input_text``, unless that is a field of the prompt."""
     if 'input_text' in row and not (task and 'input_text' in task.fields):
         text = check_text(row['input_text'], 'input_text')
-        yield Text(where, find_id(row, task.id if task else '', 'id'), text)
+        cuttable = check_cuttable(row.get('cuttable'), text)
+        yield Text(where, find_id(row, task.id if task else '', 'id'), text, cuttable)
     elif task is None:
         raise BadRow('', f'found keys {sorted(row)}; expected input_text')
     else:
-        for ident, text in task.texts(row):
-            yield Text(where, ident, check_text(text, ''))
+        for ident, text, cuttable in task.texts(row):
+            yield Text(where, ident, check_text(text, ''), cuttable)
 
 
-def _from_plain(text: str, task: Task | None) -> str:
-    """The input text of plain text, which is the only field of the prompt."""
+def _from_plain(text: str, task: Task | None) -> tuple[str, list[int] | None]:
+    """The input text of plain text, which is the only field of the prompt, and what of it may be cut."""
     text = check_text(text, '')
     if task is None:
-        return text
+        return text, None
     if len(task.fields) > 1:
         raise BadRow(
             '',

@@ -23,13 +23,14 @@ class Triplet(TypedDict):
     answer: str  # the words that stand for the label after <ANS>; '' in an unlabelled row
     rationale: str | list[str] | None  # None (no reasoning loss for this row), a text, or several to draw from
     weight: float  # of the row in the loss; 1.0 by default
+    cuttable: list[int] | None  # [start, end] of the input text's characters that may be cut; None: none
     group: str  # rows of one group count as one for exact match (MultiRC's questions); '' by default
 
 
 # How Streaming stores each field.
 COLUMNS = {
     **dict.fromkeys(Triplet.__annotations__, 'str'),
-    **{'probabilities': 'json', 'rationale': 'json', 'weight': 'float64'},
+    **{'cuttable': 'json', 'probabilities': 'json', 'rationale': 'json', 'weight': 'float64'},
 }
 ROUNDING = 0.01  # by which probabilities may miss a sum of 1: thirds of two decimals
 
@@ -123,6 +124,18 @@ def check_probabilities(
     if round(abs(total - 1), 9) > ROUNDING:
         raise BadRow(field, f'found a sum of {total:.6g}; expected 1')
     return {name: number / total for name, number in found.items()}
+
+
+def check_cuttable(value: object, text: str) -> list[int] | None:
+    """Check what may be cut of an input text: None, or ``[start, end]``, a run of its characters."""
+    if value is None:
+        return None
+    good = isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
+    if not good or not 0 <= value[0] <= value[1] <= len(text):  # pyright: ignore[reportIndexIssue]
+        raise BadRow(
+            'cuttable', f'found {spell(value)}; expected [start, end] in the {len(text)} characters of the text'
+        )
+    return value  # pyright: ignore[reportReturnType]
 
 
 def check_target(triplet: Triplet, label: str, rationale: str) -> Triplet:

@@ -10,6 +10,7 @@ from transformers import AutoModel
 
 from dhrd_plugin import ranks
 from dhrd_plugin.data.texts import Text
+from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError, user_errors
 
 # The fixed cost of a small LM's forward pass on a CPU, in tokens. A GPU waits for its launches instead.
@@ -67,9 +68,16 @@ def predict(
 
 
 def predict_on_ranks(
-    model: Any, tokenizer: Any, texts: Sequence[Text], batch_size: int | None = None, precision: str = 'fp32'
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    batch_size: int | None = None,
+    precision: str = 'fp32',
+    limit: int | None = None,
 ) -> Tensor:
     """:func:`predict` of the same N texts on every rank, which all have to call it; rank i % n classifies text i.
+
+    Of a text with more than ``limit`` tokens what may be cut is cut (:func:`~dhrd_plugin.data.truncate.fit`).
 
     Returns:
         [N, K] probabilities, fp32, on every rank.
@@ -79,7 +87,8 @@ def predict_on_ranks(
     found: Tensor | str
     try:
         where = [text.where for text in mine]
-        found = predict(model, tokenizer, [text.text for text in mine], batch_size, where, precision)
+        cut = [fit(tokenizer, text.text, text.cuttable, limit) for text in mine]
+        found = predict(model, tokenizer, cut, batch_size, where, precision)
     except UserError as error:  # told by all ranks: none waits for one that has gone
         found = str(error)
     probabilities = torch.zeros(len(texts), model.config.num_labels)

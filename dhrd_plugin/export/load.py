@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.data.texts import texts_of
+from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError, one_line, user_errors
 from dhrd_plugin.export.classify import predict
 from dhrd_plugin.export.onnx import NAME, OnnxClassifier
@@ -41,6 +42,7 @@ class Classifier:
     tokenizer: Any  # its tokenizer
     label_names: list[str]  # the K class names, in the order of the logits
     task: Mapping[str, Any] | None  # the template that was stored with it, if one was
+    max_seq_len: int | None = None  # of its training, in tokens, if that was stored
 
     @cached_property
     def template(self) -> Task | None:
@@ -62,7 +64,8 @@ class Classifier:
             UserError: a text or row cannot be classified; it is named by its number, from 1.
         """
         found = texts_of(texts, self.template)
-        return predict(self.model, self.tokenizer, [text.text for text in found], batch_size)
+        cut = [fit(self.tokenizer, text.text, text.cuttable, self.max_seq_len) for text in found]
+        return predict(self.model, self.tokenizer, cut, batch_size)
 
     def predict(self, texts: Any, abstain: float | None = None, batch_size: int | None = None) -> list[str | None]:
         """Find the label of each text; ``None`` where its probability is below ``abstain``. See ``predict_proba``."""
@@ -149,13 +152,13 @@ def _from_folder(folder: Path, place: str | Path, runtime: str | None = None, on
         # The config, which transformers 5 would read as one of another type.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
         names: dict[int, str] = dict(model.config.id2label)
-        task = (getattr(model.config, 'dhrd', None) or {}).get('task')
+        stored = getattr(model.config, 'dhrd', None) or {}
     labels = [names[index] for index in sorted(names)]
     if sorted(names) != list(range(len(names))) or len(set(labels)) < len(labels) or not _are_texts(labels):
         raise UserError(
             f'{place}: config.json: id2label: found {one_line(names)}; expected a name for each class, from 0'
         )
-    return Classifier(model, tokenizer, labels, task)
+    return Classifier(model, tokenizer, labels, stored.get('task'), stored.get('max_seq_len'))
 
 
 def _device() -> torch.device:

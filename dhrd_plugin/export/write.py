@@ -82,8 +82,9 @@ def write_slim(
     check_place(out)
     out = Path(out)
     model = _rebuild(metadata, state)
-    with _restored_tokenizer(metadata.get('tokenizer'), _pad_token_id(metadata)) as tokenizer, staged(out) as folder:
-        pad_last = ends_in_pad(tokenizer, _pad_token_id(metadata))
+    pad, longest = _pad_token_id(metadata), metadata.get('dhrd', {}).get('max_seq_len')
+    with _restored_tokenizer(metadata.get('tokenizer'), pad, longest) as tokenizer, staged(out) as folder:
+        pad_last = ends_in_pad(tokenizer, pad)
         lm: Any = getattr(model, 'causal_lm', model)
         inputs = probe_rows(tokenizer, len(lm.get_input_embeddings().weight), _pad_token_id(metadata), pad_last)
         asked, expected = _ask(live, model, inputs)
@@ -283,7 +284,9 @@ def _owned(value: Tensor) -> Tensor:
 
 
 @contextmanager
-def _restored_tokenizer(files: Mapping[str, Any] | None, pad_token_id: int | None) -> Iterator[Any]:
+def _restored_tokenizer(
+    files: Mapping[str, Any] | None, pad_token_id: int | None, max_seq_len: int | None
+) -> Iterator[Any]:
     """The tokenizer of a model's metadata as an export has it; ``None`` where there is none."""
     if not files:
         yield None
@@ -293,6 +296,8 @@ def _restored_tokenizer(files: Mapping[str, Any] | None, pad_token_id: int | Non
             tokenizer = _restore_tokenizer(files, Path(scratch))
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
             tokenizer.padding_side = 'right'
+            if isinstance(max_seq_len, int):
+                tokenizer.model_max_length = max_seq_len
         yield tokenizer
 
 

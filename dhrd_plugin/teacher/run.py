@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from dhrd_plugin import files
 from dhrd_plugin.cli import Parser, number, run
+from dhrd_plugin.data.labels import with_labels
 from dhrd_plugin.data.leaks import restated
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.triplet import Triplet
@@ -229,7 +230,7 @@ def check_targets(args: argparse.Namespace, rejects: Path) -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """Do the work of the command and return its exit status."""
-    task = load_task(args.task)
+    task = with_labels(load_task(args.task), args.input, args.split)
     template = read_prompt(args.prompt, list(task.answers.values()) if args.votes else ())
     rejects_path = args.rejects or args.output.with_suffix('.rejects.jsonl')
 

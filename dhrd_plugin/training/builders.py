@@ -1,8 +1,10 @@
 """The parts of a run, each made from the section of the config that describes it."""
 
+import copy
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,8 +20,9 @@ from dhrd_plugin.checkpoints.resume import restore
 from dhrd_plugin.checkpoints.saver import SafeCheckpoints
 from dhrd_plugin.data.collator import TripletCollator
 from dhrd_plugin.data.data_spec import triplet_data_spec
+from dhrd_plugin.data.labels import labels_of, with_labels
 from dhrd_plugin.data.shards import cached_shards
-from dhrd_plugin.data.tasks import Task
+from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.metrics import build_metrics
 from dhrd_plugin.models.build import add_lora, build_causal_lm, build_tokenizer, freeze
@@ -94,11 +97,80 @@ def told_labels(stream: TripletStream) -> set[str] | None:
 
     The empty one stands for rows that have no probabilities either.
     """
-    with suppress(UserError, ValueError, TypeError, LookupError, AttributeError):
-        options = stream.downloads if stream.remote else {}
-        told = json.loads(read(str(join(stream.place, stream.split, SUMMARY)), **options) or b'')
+    with suppress(TypeError, LookupError, AttributeError):
+        told: Any = told_summary(stream)
         named = {str(label) for label, count in told['labels'].items() if count}
         return named if told.get('without_target', 1) else named - {''}
+
+
+def told_summary(stream: TripletStream) -> Any:
+    """What ``triplets.json`` beside the shards says; ``None`` where there is none."""
+    with suppress(UserError, ValueError):
+        options = stream.downloads if stream.remote else {}
+        return json.loads(read(str(join(stream.place, stream.split, SUMMARY)), **options) or b'null')
+
+
+def count_labels(streams: Sequence[TripletStream], why: str) -> Counter[str]:
+    """How many rows have which label: by the summaries beside the shards, else by the rows, if they are here.
+
+    Raises:
+        UserError: neither is there; begins with ``why``, the key that wants to know.
+    """
+    counts: Counter[str] = Counter()
+    for stream in streams:
+        try:
+            counts.update({str(label): int(count) for label, count in told_summary(stream)['labels'].items()})
+        except (TypeError, ValueError, LookupError, AttributeError):
+            if stream.remote is not None:
+                raise UserError(
+                    f'{why}: {join(stream.place, stream.split)} has no summary of its labels; expected {SUMMARY} '
+                    'there, as dhrd prepare writes it'
+                ) from None
+            rows = StreamRows([stream])
+            counts.update(rows[index]['label'] for index in range(len(rows)))
+    return counts - Counter({'': counts['']})
+
+
+def find_labels(config: Config, task: Task) -> Task:
+    """The task with the labels of the training rows, where it names none. Every rank asks."""
+    loader = config.train_loader
+    if task.labels:
+        return task
+    if loader.source:
+        source = find_source(loader.source)
+        return once_a_node(lambda: with_labels(task, source, loader.split))
+    streams = build_streams(dataclasses.asdict(loader), 'train_loader')
+    return once_a_node(lambda: _labels_of_shards(task, streams))
+
+
+def _labels_of_shards(task: Task, streams: Sequence[TripletStream]) -> Task:
+    """Of one set in the order, and with the answers, of the task that it was written for."""
+    why = 'task.labels: none are given'
+    if len(streams) == 1:
+        with suppress(TypeError, LookupError, UserError):
+            return dataclasses.replace(task, labels=load_task(told_summary(streams[0])['task']).labels)
+    return dataclasses.replace(task, labels=labels_of(count_labels(streams, why), why))
+
+
+def balanced(streams: Sequence[TripletStream], task: Task) -> list[float]:
+    """K weights, N / (K * rows of the class), as scikit-learn's ``balanced``; the mean over the rows is 1."""
+    counts = count_labels(streams, 'model.class_weights: balanced')
+    for name in task.label_names:
+        if not counts[name]:
+            raise UserError(f'model.class_weights: balanced: found no training row of the label {name!r}')
+    rows = sum(counts[name] for name in task.label_names)
+    return [rows / (len(task.label_names) * counts[name]) for name in task.label_names]
+
+
+def settled(config: Config, task: Task, streams: Sequence[TripletStream]) -> Config:
+    """The config with what the training rows settle: the labels that were found, the class weights as numbers."""
+    config = copy.copy(config)
+    if not load_task(config.task).labels:
+        given = config.task if isinstance(config.task, Mapping) else task.to_dict()
+        config.task = {**given, 'labels': [dataclasses.asdict(label) for label in task.labels]}
+    if config.model.class_weights == 'balanced':
+        config.model = dataclasses.replace(config.model, class_weights=once_a_node(lambda: balanced(streams, task)))
+    return config
 
 
 def build_collator(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, **options: Any) -> TripletCollator:
@@ -190,6 +262,8 @@ def build_tokenizer_from(config: Config) -> PreTrainedTokenizerBase:
 def build_model(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) -> ComposerDualHeadClassifier:
     """The ComposerModel of the config. Seed before: the heads are drawn at random."""
     settings = config.model
+    if settings.class_weights == 'balanced':  # a trainer that is not ours
+        raise UserError("model.class_weights: found 'balanced', which is for dhrd train; expected a list of numbers")
     kwargs: dict[str, Any] = {}
     if settings.attn_implementation:
         kwargs['attn_implementation'] = settings.attn_implementation

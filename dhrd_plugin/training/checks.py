@@ -72,7 +72,7 @@ def check_parts(config: Config) -> None:
 def check_task(config: Config, task: Task) -> None:
     """Refuse what does not fit the task."""
     weights, names = config.model.class_weights, task.label_names
-    if weights is not None and len(weights) != len(names):
+    if isinstance(weights, list) and names and len(weights) != len(names):
         raise UserError(
             f'model.class_weights: found {len(weights)}; expected {len(names)}, one for each of {", ".join(names)}'
         )

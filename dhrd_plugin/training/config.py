@@ -57,7 +57,7 @@ class ModelConfig:
     padding_free: bool = False  # the real tokens of a microbatch as one sequence
     lora: LoraConfig | None = None
     freeze_backbone: bool = False
-    class_weights: list[float] | None = field(default=None, metadata=within(0, above=True))
+    class_weights: Any = field(default=None, metadata=within(0, above=True))  # K numbers, or balanced
     label_smoothing: float = field(default=0.0, metadata=within(0, 1, below=True))
     soft_label_weight: float = field(default=0.5, metadata=within(0, 1))  # of probabilities beside a label (ours)
 
@@ -401,6 +401,10 @@ def _check_values(config: Config, path: str) -> None:
             f'{path}task: found {config.task!r}; expected the name of a task, the path of a template, or a template'
         )
     model = config.model
+    weights = model.class_weights
+    numbers = isinstance(weights, list) and all(type(item) in (int, float) for item in weights)
+    if not (weights in (None, 'balanced') or numbers):
+        raise UserError(f"{path}model.class_weights: found {weights!r}; expected a list of numbers, or 'balanced'")
     if model.head == 'verbalizer' and model.pooling != 'last':
         raise UserError(
             f'{path}model.pooling: found {model.pooling!r} with head=verbalizer, which reads what the LM head would; '

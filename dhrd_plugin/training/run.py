@@ -28,14 +28,17 @@ from dhrd_plugin.training.builders import (
     build_tokenizer_from,
     build_train_loader,
     build_trainer,
+    find_labels,
     find_streams,
     optimizer_name,
     save_folder,
     saves_shards,
+    settled,
 )
-from dhrd_plugin.training.checks import check_limits, check_schedules
+from dhrd_plugin.training.checks import check_limits, check_schedules, check_task
 from dhrd_plugin.training.config import Config, load_config, loaders, used, written
 from dhrd_plugin.training.display import Display, display_mode
+from dhrd_plugin.training.first_look import first_look
 from dhrd_plugin.training.loggers import build_loggers, check_taken, ends_in_mlflow, flat, without_secret_arguments
 from dhrd_plugin.training.summary import describe, finish, log_file, say, timed
 from dhrd_plugin.training.targets import check_targets
@@ -69,9 +72,14 @@ def _train(config: Config, task: Task) -> Trainer:
     checkpoint = _find_checkpoint(config)
     loggers = build_loggers(config, goes_on=checkpoint is not None)
     with timed(seconds, 'data'):
+        task = find_labels(config, task)
+        check_task(config, task)
         # All of them before the model: a bad row of the last file must not cost a model's loading.
         streams = {key: find_streams(key, loader, task) for key, loader in loaders(config).items()}
+        config = settled(config, task, streams['train_loader'])
         tokenizer = build_tokenizer_from(config)
+        for line in on_rank_zero(lambda: first_look(config, task, tokenizer, streams)):
+            say(line)
         train_loader = build_train_loader(config, task, tokenizer, streams['train_loader'])
         evaluators = [
             build_evaluator(config, task, tokenizer, label, streams[f'eval_loaders.{label}'])

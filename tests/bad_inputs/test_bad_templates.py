@@ -51,7 +51,7 @@ CHANGES = {
     'hub with other labels': ({'hub': {'labels': 5}}, 'hub: labels: found 5; expected a list'),
     'an unknown key': ({'lables': []}, "unknown key 'lables'; did you mean 'labels'?"),
     'a key that is no text': ({5: 'x'}, "unknown key 5"),
-    'no name': ({'name': ''}, "the key 'name' is missing"),
+    'no name': ({'name': ''}, "name: is empty"),
 }  # fmt: skip
 TEXTS = {
     'empty': (b'', 'found null; expected a mapping of keys'),

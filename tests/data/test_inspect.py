@@ -46,7 +46,11 @@ def test_printed_and_drawn(tmp_path, capsys):
     write_triplets(rows, tmp_path / 'set')
     assert main([str(tmp_path / 'set'), '--rows', '40', '--png', str(tmp_path / 'a.png')]) == 0
     printed = capsys.readouterr().out
-    assert '31 rows' in printed and 'labels: no 10, yes 21' in printed and 'hashes checked: sha1, xxh64' in printed
+    assert (
+        '31 rows' in printed
+        and 'labels: no 10 (32%), yes 21 (68%)' in printed
+        and 'hashes checked: sha1, xxh64' in printed
+    )
     assert 'states the label in 1 rows: leak' in printed
     assert 'probabilities: 1 rows' in printed and '{"no": 0.25, "yes": 0.75}' in printed
     assert '"x\\u001b[2J\\n"' in printed  # a row cannot write to the terminal

@@ -40,6 +40,7 @@ triplets = st.builds(
     weight=st.floats(0, 1e300),
     group=text,
     probabilities=st.none() | st.just({'a': 0.25, 'b': 0.75}),
+    cuttable=st.none() | st.just([0, 1]),
 )
 
 
@@ -163,6 +164,7 @@ def test_defaults_are_filled_in(tmp_path):
             'weight': 1.0,
             'group': '',
             'probabilities': None,
+            'cuttable': None,
         }
     ]
 
@@ -184,6 +186,7 @@ def test_defaults_are_filled_in(tmp_path):
             {'probabilities': [1]},
             'field probabilities: found 1; expected 2, one for each of entailment, not_entailment',
         ),
+        ({'cuttable': [1, 9]}, r'field cuttable: found \[1, 9\]; expected \[start, end\]'),
         ({'label': '', 'probabilities': [0, 1], 'rationale': 'r'}, 'field rationale: found without a label'),
     ],
 )
@@ -216,7 +219,7 @@ def test_a_row_of_probabilities_needs_no_label(tmp_path):
 
 
 def test_shards_of_an_older_version_are_read_beside_those_of_this_one(tmp_path):
-    old = {name: kind for name, kind in COLUMNS.items() if name != 'probabilities'}
+    old = {name: kind for name, kind in COLUMNS.items() if name not in ('cuttable', 'probabilities')}
     with MDSWriter(columns=old, out=str(tmp_path / 'old')) as writer:
         for row in rows(3):
             writer.write({name: row[name] for name in old})

@@ -48,6 +48,7 @@ def test_rte_row():
         'weight': 2.0,
         'group': '',
         'probabilities': None,
+        'cuttable': None,
     }
     assert load_task('rte').render(ROW).startswith('Premise: It rains.')
 

@@ -1,0 +1,130 @@
+"""The labels of a task that names none: found in its training rows."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dhrd_plugin.data.rows import (
+    MAX_ROW_BYTES,
+    OnBad,
+    Row,
+    catching_bad,
+    kind_of,
+    raise_bad,
+    read_hub,
+    read_rows,
+    source_file,
+)
+from dhrd_plugin.data.tasks import Label, Task, as_whole, build_labels, look_up
+from dhrd_plugin.data.triplet import BadRow, spell
+from dhrd_plugin.errors import UserError, nearest
+
+MOST = 1000  # labels; more of them are no classes
+_NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
+_WHOLE = re.compile(r'0|-?[1-9]\d*')
+
+
+def with_labels(
+    task: Task,
+    source: str | Path,
+    split: str | None = None,
+    on_bad: OnBad = raise_bad,
+    max_row_bytes: int = MAX_ROW_BYTES,
+) -> Task:
+    """The task with the labels that the rows of a source have; the task itself where it names its labels.
+
+    They stand in the order of their values, as numbers where all are numbers, and are their own names and answers.
+
+    Args:
+        task: of :func:`~dhrd_plugin.data.tasks.load_task`.
+        source: as for :func:`~dhrd_plugin.data.triplets.read_triplets`: the training rows.
+        split: likewise.
+        on_bad: receives each bad row. Default: raise it.
+        max_row_bytes: likewise.
+
+    Raises:
+        UserError: the rows have fewer than two labels, more than ``MOST``, or numbers to predict.
+    """
+    if task.labels:
+        return task
+    if str(source).startswith('hub:'):
+        found = task_of_rows(task.for_hub(), read_hub(str(source), task, split), str(source), True, on_bad)
+        return replace(task, labels=found.labels)
+    path = source_file(source, split)
+    return task_of_rows(task, read_rows(path, on_bad, max_row_bytes), str(path), kind_of(path) != '.csv', on_bad)
+
+
+def task_of_rows(task: Task, rows: Iterable[Row], where: str, typed: bool = True, on_bad: OnBad = raise_bad) -> Task:
+    """The task with the labels of these rows; see :func:`with_labels`. ``where`` is what errors begin with."""
+    where = f'{where}: field {task.label}'
+    values: dict[tuple[str, Any], Any] = {}
+    fields: dict[str, None] = {}
+    for value, row in _values(rows, task, typed, on_bad):
+        fields.update(dict.fromkeys(row.fields) if not values and len(fields) < MOST else ())
+        if value is None:
+            continue
+        values.setdefault((type(value).__name__, value), value)
+        if len(values) > MOST:
+            some = ', '.join(spell(value) for value in list(values.values())[:3])
+            raise UserError(f'{where}: found more than {MOST:,} labels, such as {some}; expected classes')
+    if not values and task.label not in fields:
+        raise UserError(f'{where}: is in no row; {nearest(task.label, fields)}')
+    return replace(task, labels=labels_of(values.values(), where, typed))
+
+
+def labels_of(values: Iterable[Any], where: str, typed: bool = True) -> tuple[Label, ...]:
+    """Labels in the order of their values, each its own name and answer.
+
+    Args:
+        values: distinct texts, whole numbers or truth values.
+        where: what errors begin with.
+        typed: False for cells of a CSV file, where whole numbers are told by their text. Default: True.
+    """
+    found = list(values)
+    numbers = bool(found) and all(_is_number(value) for value in found)
+    fraction = next((value for value in found if isinstance(value, float)), None)
+    if numbers and not typed:
+        fraction = next((value for value in found if not float(value).is_integer()), None)
+        found = [int(value) for value in found] if all(map(_WHOLE.fullmatch, found)) else found
+    if fraction is not None:
+        raise UserError(
+            f'{where}: found {fraction}, a number to predict; expected classes, which are texts or whole numbers '
+            '(or name them in the template, under labels)'
+        )
+    if len(found) < 2:
+        only = f'the label {spell(found[0])} alone' if found else 'no label'
+        raise UserError(f'{where}: found {only}; expected two or more')
+    found.sort(key=lambda value: (float(value), str(value)) if numbers else (str(value),))
+    plain: dict[str, Any] = {}
+    for value in found:
+        other = plain.setdefault(str(value).strip().casefold(), value)
+        if other is not value:
+            raise UserError(
+                f'{where}: found {spell(other)} and {spell(value)}; expected one spelling of a label '
+                '(or name both in the template, under labels)'
+            )
+    return build_labels(found, where)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, str):
+        return _NUMBER.fullmatch(value) is not None
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _values(rows: Iterable[Row], task: Task, typed: bool, on_bad: OnBad) -> Iterator[tuple[Any, Row]]:
+    """The label of each row, None where it has none; a row that cannot have one goes to ``on_bad``."""
+    for row in rows:
+        with catching_bad(on_bad, row.where, row.fields):
+            for scope in task.scopes(row.fields):
+                value = as_whole(look_up(scope, task.label), typed)
+                if value is None or value != value:  # NaN is pandas' missing
+                    yield None, row
+                    continue
+                if not isinstance(value, str | int | float):
+                    raise BadRow(task.label, f'found {spell(value)}; expected a text, a whole number or true/false')
+                if isinstance(value, str) and not value.strip():
+                    raise BadRow(task.label, 'is empty')
+                yield value, row

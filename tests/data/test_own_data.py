@@ -1,0 +1,299 @@
+"""A file of one's own: its labels, its cells, its lengths; from a CSV to predictions."""
+
+import csv
+import json
+import math
+from collections import Counter
+
+import pandas as pd
+import pytest
+from datasets import Dataset
+from omegaconf import OmegaConf
+from tiny import byte_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dhrd_plugin import load_config, train
+from dhrd_plugin.cli import main
+from dhrd_plugin.data.inspect import read_shards
+from dhrd_plugin.data.labels import with_labels
+from dhrd_plugin.data.prepare import write_rows
+from dhrd_plugin.data.rows import read_rows
+from dhrd_plugin.data.tasks import load_task
+from dhrd_plugin.data.triplets import read_triplets
+from dhrd_plugin.data.truncate import fit
+from dhrd_plugin.errors import UserError
+
+BARE = {'prompt': '{text}', 'label': 'label'}
+KINDS = {'billing': 'invoice', 'bug': 'crash', 'access': 'login', 'other': 'hello'}
+TICKETS = {
+    'prompt': 'Ticket: {my text}\nNotes: {notes}\nTopic:',
+    'id': 'ticket id',
+    'label': 'topic',
+    'rationale': 'why',
+    'may_be_empty': ['notes'],
+}
+LIMIT = 160
+
+
+def write(path, labels, kind='jsonl'):
+    """A file of rows with these labels, as the kind spells them."""
+    if kind == 'csv':
+        lines = ['text,label', *(f'w{i},{label}' for i, label in enumerate(labels))]
+    else:
+        lines = [json.dumps({'text': f'w{i}', 'label': label}) for i, label in enumerate(labels)]
+    path = path / f'rows.{kind}'
+    path.write_text('\n'.join(lines) + '\n')
+    return path
+
+
+@pytest.mark.parametrize(
+    'kind, labels, values',
+    [
+        ('jsonl', ['b', 'a', 'b'], ['a', 'b']),
+        ('jsonl', [10, 2, None, 2], [2, 10]),
+        ('jsonl', [1.0, 0, 0.0], [0, 1]),
+        ('jsonl', ['10', '9'], ['9', '10']),
+        ('jsonl', [True, False], [False, True]),
+        ('csv', ['10', '2', '', '2.0'], [2, 10]),
+        ('csv', ['01', '2'], ['01', '2']),
+        ('csv', ['yes', 'no'], ['no', 'yes']),
+    ],
+)
+def test_labels_are_found_in_the_order_of_their_values(tmp_path, kind, labels, values):
+    task = with_labels(load_task(BARE), write(tmp_path, labels, kind))
+    assert [label.value for label in task.labels] == values
+    assert task.label_names == tuple(map(str, values)) and task.answers == {str(v): str(v) for v in values}
+    assert load_task(json.loads(json.dumps(task.to_dict()))) == task
+
+
+@pytest.mark.parametrize(
+    'kind, labels, words',
+    [
+        ('jsonl', ['a', 'a'], 'field label: found the label "a" alone; expected two or more'),
+        ('jsonl', [None], 'found no label; expected two or more'),
+        ('jsonl', [0.5, 1], 'found 0.5, a number to predict; expected classes'),
+        ('csv', ['0.25', '1'], 'found 0.25, a number to predict'),
+        ('csv', range(1001), 'found more than 1,000 labels, such as "0", "1", "2"; expected classes'),
+        ('jsonl', ['Yes', 'no', 'yes '], 'found "Yes" and "yes "; expected one spelling'),
+        ('jsonl', [['a'], 'b'], 'line 1, field label: found ["a"]; expected a text, a whole number or true/false'),
+        ('jsonl', [' ', 'b'], 'line 1, field label: is empty'),
+    ],
+)
+def test_what_are_no_labels_is_told_in_a_line(tmp_path, kind, labels, words):
+    with pytest.raises(UserError) as error:
+        with_labels(load_task(BARE), write(tmp_path, labels, kind))
+    assert words in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_label_that_is_in_no_row_is_told_with_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="field lable: is in no row; did you mean 'label'"):
+        with_labels(load_task({**BARE, 'label': 'lable'}), write(tmp_path, ['a', 'b']))
+
+
+@pytest.mark.parametrize('labels, cell', [([0, 1], '1.0'), (['0', '1'], '1.0'), ([0, 1], '1')])
+def test_whole_numbers_as_pandas_writes_them(tmp_path, labels, cell):
+    task = load_task({**BARE, 'labels': labels})
+    assert [row['label'] for row in read_triplets(write(tmp_path, [cell], 'csv'), task)] == ['1']
+    if isinstance(labels[0], int):
+        assert [row['label'] for row in read_triplets(write(tmp_path, [float(cell)]), task)] == ['1']
+
+
+@pytest.mark.parametrize('mark', ',;\t|')
+@pytest.mark.parametrize('name', ['a.csv', 'a.CSV'])
+def test_the_header_tells_what_stands_between_cells(tmp_path, mark, name):
+    rows = [['my text', 'x, or y', 'label'], ['a; b, c\td | "e"\nf', '', 'n'], ['g' * 5000, 'h', 'n']]
+    with (tmp_path / name).open('w', encoding='utf-8-sig', newline='') as file:
+        csv.writer(file, delimiter=mark).writerows(rows)
+    found = [row.fields for row in read_rows(tmp_path / name)]
+    assert found == [dict(zip(rows[0], (cell or None for cell in row))) for row in rows[1:]]
+    bad = []
+    list(read_rows(tmp_path / name, bad.append, max_bytes=1000))
+    assert [error.where for error in bad] == [f'{tmp_path / name}, line 4']
+
+
+@pytest.mark.parametrize(
+    'row, optional, expected',
+    [
+        ({'text': 'a', 'note': ''}, True, 'a '),
+        ({'text': 'a', 'note': None}, True, 'a '),
+        ({'text': 'a', 'note': None}, False, r'field note: is missing \(empty, or null\); may_be_empty: \[note\]'),
+        ({'text': 'a', 'note': ' '}, False, r'field note: is empty; may_be_empty: \[note\]'),
+        ({'text': 'a'}, True, 'field note: is missing$'),
+    ],
+)
+def test_an_empty_cell_is_no_missing_column(row, optional, expected):
+    task = load_task({'prompt': '{text} {note}', 'labels': [0, 1], 'may_be_empty': ['note'] if optional else []})
+    if not expected.startswith('field'):
+        assert task.render(row) == expected
+        return
+    with pytest.raises(UserError, match=expected):
+        task.render(row)
+
+
+@pytest.mark.parametrize('field', ['word ' * 30, '\U0001f642 \u05e9\u05dc\u05d5\u05dd ' * 9])
+@pytest.mark.parametrize('limit', [20, 21, 22, 23, 24, 40])
+def test_a_field_is_cut_and_the_frame_stays(field, limit):
+    tokenizer, before, after = byte_tokenizer(), 'Text: ', '\nTopic:'
+    text = fit(tokenizer, before + field + after, [len(before), len(before + field)], limit)
+    assert limit - 4 < len(tokenizer(text)['input_ids']) <= limit  # whole characters, of up to four bytes
+    assert text.startswith(before + field[0]) and text.endswith(after)
+    kept = text.removeprefix(before).removesuffix(after)
+    assert field.startswith(kept)
+
+
+def test_what_cannot_be_cut_stays():
+    for limit, cuttable in ((5, None), (5, [6, 9]), (None, [6, 9]), (99, [6, 9])):
+        assert fit(byte_tokenizer(), 'Text: abc, Topic', cuttable, limit) == 'Text: abc, Topic'
+
+
+@pytest.mark.parametrize('kind', ['frame', 'dataset', 'rows', 'numbers'])
+def test_rows_in_memory(tmp_path, kind):
+    rows = {'my text': ['a', 'b', 'c'], 'note': ['x', None, 'y'], 'label': [1, 0, 1], 'why': [None, 'It is.', None]}
+    data = {
+        'frame': lambda: pd.DataFrame(rows),
+        'numbers': lambda: pd.DataFrame(rows | {'label': [1.0, 0.0, 1.0]}),
+        'dataset': lambda: Dataset.from_dict(rows),
+        'rows': lambda: (dict(zip(rows, row)) for row in zip(*rows.values())),
+    }[kind]()
+    task = {'prompt': '{my text}: {note}', 'rationale': 'why', 'may_be_empty': ['note']}
+    summary = write_rows(data, tmp_path / 'set', task)
+    assert summary['label_names'] == ['0', '1'] and summary['labels'] == {'0': 1, '1': 2}
+    found = [row for _, rows in read_shards(tmp_path / 'set') for row in rows]
+    assert [row['input_text'] for row in found] == ['a: x', 'b: ', 'c: y']
+    assert [row['rationale'] for row in found] == [None, 'It is.', None]
+    with pytest.raises(UserError, match='row 1, field label: found 7; expected one of 0, 1'):
+        write_rows([{'my text': 'a', 'note': '', 'label': 7}], tmp_path / 'other', summary['task'])
+
+
+def test_prepare_takes_the_labels_of_the_split_train(tmp_path, capsys):
+    write(tmp_path, ['10', '9'], 'csv').rename(tmp_path / 'train.csv')
+    (tmp_path / 'task.yaml').write_text(json.dumps(BARE))
+    common = ['prepare', '--template', str(tmp_path / 'task.yaml'), '--input', str(tmp_path)]
+    for labels, status in ((['9', '9'], 0), (['9', '8'], 2)):
+        write(tmp_path, labels, 'csv').rename(tmp_path / 'validation.csv')
+        assert main([*common, '--output', str(tmp_path / f'out{status}')]) == status
+        assert main([*common, '--split', 'validation', '--output', str(tmp_path / f'one{status}')]) == status
+    printed = capsys.readouterr()
+    assert 'labels: 9 1 (50%), 10 1 (50%)' in printed.out and 'labels: 9 2 (100%), 10 0 (0%)' in printed.out
+    assert 'validation.csv, line 3, field label: found "8"; expected one of 9, 10' in printed.err
+
+
+# ----------------------------------------------------------------------------- from a CSV to predictions
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Tickets and a tiny model that reads bytes."""
+    folder = tmp_path_factory.mktemp('own')
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder / 'model')
+    shape = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 1, 'num_attention_heads': 2}
+    config = LlamaConfig(**shape, vocab_size=len(tokenizer), pad_token_id=256, eos_token_id=256, bos_token_id=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / 'model')
+    for name, count in (('train', 24), ('validation', 8)):
+        with (folder / f'{name}.csv').open('w', encoding='utf-8-sig', newline='') as file:
+            lines = csv.writer(file, delimiter=';')
+            lines.writerow(['ticket id', 'my text', 'notes', 'topic', 'why'])
+            lines.writerows(ticket(index) for index in range(count))
+    return folder
+
+
+def ticket(index):
+    topic = list(KINDS)[max(0, index % 6 - 2)]
+    text = f'{KINDS[topic]} "{index}", \U0001f642 \u05e9\u05dc\u05d5\u05dd;\nplease' + ' help' * (
+        90 if index == 5 else 0
+    )
+    return [f't{index}', text, '' if index % 3 else 'n', topic, f'It speaks of {topic}.' if index % 5 < 3 else '']
+
+
+def config_of(folder, out, task, **more):
+    settings = {
+        'output_dir': str(out),
+        'task': task,
+        'max_seq_len': LIMIT,
+        'model': {'pretrained_model_name_or_path': str(folder / 'model'), 'class_weights': 'balanced'},
+        'train_loader': {'source': str(folder / 'train.csv'), 'cache_dir': str(out / 'cache')},
+        'eval_loaders': {'validation': {'source': str(folder / 'validation.csv'), 'cache_dir': str(out / 'cache')}},
+        'optimizer': {'name': 'adamw', 'lr': 0.001},
+        'algorithms': {'auxiliary_reasoning_loss': {}},
+        'callbacks': {'drop_reasoning_head': {'output_dir': '${output_dir}/slim'}},
+        'max_duration': '1ep',
+        'global_train_batch_size': 8,
+        'device': 'cpu',
+        'progress_bar': False,
+        'log_to_console': False,
+        **more,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(settings), out / 'run.yaml')
+    return load_config(out / 'run.yaml')
+
+
+def test_from_a_csv_to_predictions(folder, tmp_path, capsys):
+    train(config_of(folder, tmp_path / 'run', {**TICKETS, 'truncate': 'my text'}))
+    printed = capsys.readouterr().out
+    names = sorted(KINDS)
+    assert 'train_loader: 24 rows, 15 with a rationale: access 4 (17%), billing 12 (50%)' in printed
+    assert f'at {LIMIT} tokens: 1 inputs cut' in printed and printed.count('train_loader: ') == 1
+    assert 'warning: the rationale states the label in 15 rows: t0, t1, t2, t5' in printed
+    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    assert [label['value'] for label in summary['config']['task']['labels']] == names
+    counts = Counter(ticket(index)[3] for index in range(24))
+    assert summary['config']['model']['class_weights'] == [24 / (4 * counts[name]) for name in names]
+    slim = tmp_path / 'run' / 'slim'
+    assert json.loads((slim / 'config.json').read_text())['id2label'] == {str(i): n for i, n in enumerate(names)}
+    assert json.loads((slim / 'tokenizer_config.json').read_text())['model_max_length'] == LIMIT
+    # The long ticket is in the evaluation set too: cut alike, evaluation and prediction give what training did.
+    (tmp_path / 'own.yaml').write_text(json.dumps({**TICKETS, 'truncate': 'my text'}))
+    for task in ((), ('--task', str(tmp_path / 'own.yaml'))):
+        data = str(folder / 'validation.csv')
+        assert main(['evaluate', str(slim), data, *task, '--output', str(tmp_path / 'report')]) == 0
+    report = json.loads((tmp_path / 'report' / 'report.json').read_text())
+    reached = summary['metrics']['validation']['MulticlassAccuracy']
+    assert math.isclose(report['metrics']['accuracy'], reached, abs_tol=1e-6)
+    capsys.readouterr()
+    assert main(['predict', str(slim), '--input', str(folder / 'validation.csv')]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    told = [json.loads(line) for line in (tmp_path / 'report' / 'predictions.jsonl').read_text().splitlines()]
+    assert len(lines) == 8 and {name for line in lines for name in line['probabilities']} == set(names)
+    assert [line['label'] for line in lines] == [row['prediction'] for row in told]
+
+
+@pytest.mark.parametrize('loader', ['train_loader', 'eval_loaders.validation'])
+def test_a_text_too_long_is_told_before_the_first_step(folder, tmp_path, loader):
+    short = {'source': write(tmp_path, ['bug', 'other'], 'csv'), 'cache_dir': str(tmp_path / 'cache')}
+    task = {**TICKETS, 'labels': list(KINDS)}
+    if loader == 'eval_loaders.validation':
+        (tmp_path / 'short.csv').write_text('ticket id,my text,notes,topic\n1,a,,bug\n')
+        more = {'train_loader': {**short, 'source': str(tmp_path / 'short.csv')}}
+    else:
+        more = {}
+    config = config_of(folder, tmp_path / 'run', task, global_train_batch_size=1, **more)
+    config.model.class_weights = None
+    rows = 8 if more else 24
+    with pytest.raises(UserError) as error:
+        train(config)
+    assert f'{loader}: row t5: input_text: found ' in str(error.value)
+    assert f'which 1 of {rows} inputs are longer than' in str(error.value) and 'truncate: FIELD' in str(error.value)
+
+
+def test_an_evaluation_row_of_another_label_is_named(folder, tmp_path):
+    (tmp_path / 'odd.csv').write_text('ticket id,my text,notes,topic\n1,a,,bug\n2,b,,sales\n')
+    loader = {'odd': {'source': str(tmp_path / 'odd.csv'), 'cache_dir': str(tmp_path / 'cache')}}
+    with pytest.raises(
+        UserError, match=r'odd\.csv, line 3, field topic: found "sales"; expected one of "access", "bill'
+    ):
+        train(config_of(folder, tmp_path / 'run', TICKETS, eval_loaders=loader))
+
+
+def test_shards_bring_their_labels(folder, tmp_path):
+    write_rows(pd.read_csv(folder / 'train.csv', sep=';'), tmp_path / 'set', {**TICKETS, 'truncate': 'my text'})
+    loader = {'local': str(tmp_path / 'set')}
+    trainer = train(config_of(folder, tmp_path / 'run', TICKETS, train_loader=loader, eval_loaders={}))
+    assert trainer.state.model.label_names == sorted(KINDS)
+
+
+def test_balanced_needs_a_row_of_every_label(folder, tmp_path):
+    task = {**TICKETS, 'truncate': 'my text', 'labels': [*KINDS, 'sales']}
+    with pytest.raises(UserError, match="class_weights: balanced: found no training row of the label 'sales'"):
+        train(config_of(folder, tmp_path / 'run', task))
