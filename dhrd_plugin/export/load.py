@@ -24,6 +24,7 @@ class Classifier:
     tokenizer: Any  # its tokenizer
     label_names: list[str]  # the K class names, in the order of the logits
     task: Mapping[str, Any] | None  # the template that was stored with it, if one was
+    temperature: float | None = None  # that it was calibrated by, if it was
 
 
 def open_classifier(place: str | Path) -> Classifier:
@@ -68,13 +69,14 @@ def _from_folder(folder: Path, place: str | Path, onnx: Path | None = None) -> C
         # The config, which transformers 5 would read as one of another type.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
         names: dict[int, str] = dict(model.config.id2label)
-        task = (getattr(model.config, 'dhrd', None) or {}).get('task')
+        facts = getattr(model.config, 'dhrd', None) or {}
+        temperature = (facts.get('calibration') or {}).get('temperature')
     labels = [names[index] for index in sorted(names)]
     if sorted(names) != list(range(len(names))) or len(set(labels)) < len(labels) or not _are_texts(labels):
         raise UserError(
             f'{place}: config.json: id2label: found {one_line(names)}; expected a name for each class, from 0'
         )
-    return Classifier(model, tokenizer, labels, task)
+    return Classifier(model, tokenizer, labels, facts.get('task'), temperature)
 
 
 def _device() -> torch.device:
