@@ -2,18 +2,21 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from composer.algorithms import EMA
 from composer.callbacks import EarlyStopper
 from configs import TASK
+from forks import run_ranks
+from parallel_runs import config_of, write_inputs
 from safetensors.torch import load_file
 from test_drop_reasoning_head import build
 from tiny import LABELS, tiny_classifier, tiny_tokenizer, triplets
 from transformers import AutoModelForSequenceClassification
 
-from dhrd_plugin import DropReasoningHead, TripletCollator
+from dhrd_plugin import DropReasoningHead, TripletCollator, train
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.evaluate import describe, report_on
@@ -175,3 +178,41 @@ def test_without_an_evaluation_of_the_last_batch_the_export_is_whole_but_the_run
     with pytest.raises(UserError, match=r'found no evaluation of eval after the batch that is exported; .* is whole'):
         trainer.fit(duration='3ba')
     assert 'Calibration' not in card_of(tmp_path / 'slim')
+
+
+def test_five_epochs_of_a_yaml_whose_best_is_not_the_last(tmp_path):
+    write_inputs(tmp_path)
+    export = f'{{output_dir: {tmp_path}/slim, monitor: {ACCURACY}, calibrate: val}}'
+    config = config_of(
+        tmp_path,
+        'one',
+        'untied',
+        f'callbacks.drop_reasoning_head={export}',
+        'scheduler={name: multi_step, milestones: [2ep], gamma: 300}',
+        'max_duration=5ep',
+        'eval_interval=1ep',
+    )
+    trainer = train(config)
+    (log,) = [found.data for found in trainer.logger.destinations if hasattr(found, 'data')]
+    series = {int(time.epoch): float(value) for time, value in log[f'metrics/val/{ACCURACY}']}
+    chosen = max(series, key=series.__getitem__)
+    assert list(series) == [1, 2, 3, 4, 5] and chosen < 5 and series[5] < series[chosen]
+    report = report_on(tmp_path / 'slim', [tmp_path / 'val.jsonl'])
+    assert report['metrics']['accuracy'] == pytest.approx(series[chosen])
+    card = card_of(tmp_path / 'slim')
+    assert f'(epoch {chosen})' in card and f'| val | {ACCURACY} | {report["metrics"]["accuracy"]:.4f} |' in card
+    assert f'and is {report["calibration"]["ece"]:.4f}' in card
+    assert f'was {report["calibration"]["before"]["ece"]:.4f}' in card
+
+
+def test_two_ranks_of_fsdp_keep_and_calibrate_by_every_row_once(tmp_path):
+    """31 rows: one of the ranks gets a row of the other's besides."""
+    write_inputs(tmp_path)
+    done = run_ranks(2, Path(__file__).parents[1] / 'chosen_runs.py', tmp_path, 'fsdp2', 'untied-lora')
+    assert done.returncode == 0, done.stderr[-3000:]
+    slim = tmp_path / 'fsdp2' / 'untied-lora' / 'slim'
+    facts = json.loads((slim / 'config.json').read_text())['dhrd']
+    report = report_on(slim, [tmp_path / 'val.jsonl'])
+    assert facts['calibration']['rows'] == report['rows'] == 31
+    assert report['metrics']['accuracy'] == pytest.approx(facts['best']['value'])
+    assert report['calibration']['ece'] == pytest.approx(facts['calibration']['ece_after'], abs=1e-4)
