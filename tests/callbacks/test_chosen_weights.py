@@ -188,7 +188,7 @@ def test_five_epochs_of_a_yaml_whose_best_is_not_the_last(tmp_path):
         'one',
         'untied',
         f'callbacks.drop_reasoning_head={export}',
-        'scheduler={name: multi_step, milestones: [2ep], gamma: 300}',
+        'scheduler={name: multi_step_with_warmup, milestones: [2ep], gamma: 300}',
         'max_duration=5ep',
         'eval_interval=1ep',
     )
