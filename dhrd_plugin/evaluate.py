@@ -253,7 +253,7 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
 
     bins = report['calibration']['bins']
     figure = Figure(figsize=(9, 5), layout='constrained')
-    left, right = figure.subfigures(1, 2)
+    left, right = figure.subfigures(1, 2)  # pyright: ignore[reportGeneralTypeIssues]
     curve, counts = left.subplots(2, sharex=True, height_ratios=[3, 1])
     curve.plot([0, 1], [0, 1], linestyle=':', color='gray', label='calibrated')
     curve.plot([row['confidence'] for row in bins], [row['accuracy'] for row in bins], marker='o', label='classifier')

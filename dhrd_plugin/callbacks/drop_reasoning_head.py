@@ -274,7 +274,7 @@ class DropReasoningHead(Callback):
             return
         metrics, held_out = self._metrics_of_now(state), self._held_out_of_now(state)
         value = metrics[self._label][self.monitor]
-        if not is_better(value, self._best and self._best['value'], str(self._mode)):
+        if not is_better(value, self._best['value'] if self._best else None, str(self._mode)):
             return
         best = {
             'metric': self.monitor,

@@ -69,13 +69,14 @@ def _metrics(metrics: Metrics | None, best: Mapping[str, Any] | None) -> str:
     ]
     if not rows:
         return ''
-    step = best and (
-        f'The weights after batch {best["batch"]} (epoch {best["epoch"]}), the best by {best["metric"]} of '
-        f'{best["dataloader_label"]}; these are its metrics.\n'
-    )
-    return '\n'.join(
-        ['## Evaluation', '', *([step] if step else []), '| set | metric | value |', '|---|---|---|', *rows]
-    )
+    heading = ['## Evaluation', '']
+    if best:
+        heading += [
+            f'The weights after batch {best["batch"]} (epoch {best["epoch"]}), the best by {best["metric"]} of '
+            f'{best["dataloader_label"]}; these are its metrics.',
+            '',
+        ]
+    return '\n'.join([*heading, '| set | metric | value |', '|---|---|---|', *rows])
 
 
 def _calibration(found: Mapping[str, Any] | None) -> str:

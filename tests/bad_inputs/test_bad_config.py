@@ -132,8 +132,8 @@ OURS = 'algorithms.auxiliary_reasoning_loss'
             "drop_reasoning_head.dtype: found 'fp8'; expected one of",
         ),
         (
-            'callbacks.drop_reasoning_head={output_dir: slim, monitor: Accuracy, dataloader_label: validation}',
-            "drop_reasoning_head.monitor: found 'Accuracy'; expected the name of a metric of validation: MulticlassAcc",
+            'callbacks.drop_reasoning_head={output_dir: slim, monitor: Accuracy}',
+            "drop_reasoning_head.monitor: found 'Accuracy'; expected the name of a metric of val: MulticlassAcc",
         ),
         (
             'callbacks.drop_reasoning_head={output_dir: slim, calibrate: test}',
