@@ -8,7 +8,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 BINS = 15  # of the calibration error and the reliability curve
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # of the confidence, for coverage and error
-BOUNDS = (0.1, 10.0)  # of the temperature: rows that are all right would have it go to 0
+BOUNDS = (0.1, 100.0)  # of the temperature: rows that are all right would have it go to 0
 _HALVINGS = 50
 
 
@@ -22,7 +22,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: [N] class indices.
 
     Returns:
-        T, between 0.1 and 10.
+        T, between 0.1 and 100.
     """
     logits = logits.double()
     right = logits.gather(1, labels[:, None])[:, 0].mean()
