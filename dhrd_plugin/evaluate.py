@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassConfusionMatrix
 from transformers.utils import logging
 
 from dhrd_plugin import files, ranks
+from dhrd_plugin.calibration import BINS, at_temperature, calibration_error, coverage, reliability
 from dhrd_plugin.cli import Parser, run
 from dhrd_plugin.data.inspect import read_shards
 from dhrd_plugin.data.tasks import Task, load_task, named_labels
@@ -28,7 +29,7 @@ from dhrd_plugin.streams.index import INDEX
 from dhrd_plugin.streams.remote import is_remote
 
 FILES = ('report.json', 'predictions.jsonl', 'confusion.png', 'reliability.png')  # of an evaluation
-BINS = 15  # of the calibration error and the reliability curve
+CONFIDENT = 0.9  # the error of answers that are at least as sure is printed
 FEW = 12  # classes, whose confusion has a column each in the table and a number in each cell of the picture
 MOST_TICKS = 120  # names beside the picture; of more classes every second is named, and so on
 LONGEST_NAME = 40  # of a class, in the table and the picture
@@ -86,7 +87,7 @@ def report_on(
     probabilities = predict_rows(classifier, rows, template, batch_size, precision)
     if ranks.rank() != 0:
         return None
-    report = evaluate(probabilities, rows, template)
+    report = evaluate(probabilities, rows, template, classifier.temperature)
     if output:
         _write(report, predictions(probabilities, rows, template), Path(output))
     return report
@@ -133,23 +134,32 @@ def label_order(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
 # ------------------------------------------------------------------------------------ the report
 
 
-def evaluate(probabilities: Tensor, rows: Sequence[Triplet], task: Task) -> dict[str, Any]:
+def evaluate(
+    probabilities: Tensor, rows: Sequence[Triplet], task: Task, temperature: float | None = None
+) -> dict[str, Any]:
     """Make the report, as plain data.
 
     Args:
         probabilities: [N, K], in the order of the task's labels.
         rows: N rows with labels.
         task: names the metrics.
+        temperature: that the classifier's logits were divided by when it was calibrated. Default: it was not.
 
     Returns:
         ``rows``, their number; ``label_names``; ``task_metrics``, the names of the task's own metrics (PAPER,
         Table 4); ``metrics``, these, accuracy and macro-F1; ``classes``, precision, recall and support of each;
         ``confusion`` [K, K], rows are the true classes; ``calibration``, the expected calibration error and,
-        for each of 15 bins of the confidence that has rows, its mean, the accuracy, and the number of rows.
+        for each of 15 bins of the confidence that has rows, its mean, the accuracy, and the number of rows; of a
+        calibrated classifier also ``before``, its ``temperature`` and the error without it; ``coverage``, of
+        :func:`~dhrd_plugin.calibration.coverage`.
     """
     names = list(task.label_names)
     labels = torch.tensor([names.index(row['label']) for row in rows])
     confusion = MulticlassConfusionMatrix(len(names), **HERE)(probabilities, labels)
+    calibration = {'ece': calibration_error(probabilities, labels), 'bins': reliability(probabilities, labels)}
+    if temperature is not None:
+        before = calibration_error(at_temperature(probabilities, 1 / temperature), labels)
+        calibration['before'] = {'temperature': temperature, 'ece': before}
     return {
         'rows': len(rows),
         'label_names': names,
@@ -157,10 +167,8 @@ def evaluate(probabilities: Tensor, rows: Sequence[Triplet], task: Task) -> dict
         'metrics': _metrics(probabilities, labels, rows, task),
         'classes': _by_class(confusion, names),
         'confusion': confusion.tolist(),
-        'calibration': {
-            'ece': float(MulticlassCalibrationError(len(names), n_bins=BINS, **HERE)(probabilities, labels)),
-            'bins': _reliability(probabilities, labels),
-        },
+        'calibration': calibration,
+        'coverage': coverage(probabilities, labels),
     }
 
 
@@ -181,27 +189,13 @@ def _by_class(confusion: Tensor, names: Sequence[str]) -> dict[str, dict[str, fl
     return {name: dict(zip(('precision', 'recall', 'support'), row)) for name, *row in zip(names, *columns)}
 
 
-def _reliability(probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]:
-    confidence, guess = probabilities.max(-1)
-    right = (guess == labels).float()
-    bin_of = (confidence * BINS).ceil().clamp(1, BINS).long() - 1
-    return [
-        {
-            'confidence': float(confidence[inside].mean()),
-            'accuracy': float(right[inside].mean()),
-            'rows': int(inside.sum()),
-        }
-        for inside in (bin_of == index for index in range(BINS))
-        if inside.any()
-    ]
-
-
 def describe(report: Mapping[str, Any]) -> str:
     """Format the report as tables for people."""
     names = report['label_names']
     width = max(len(_short(name)) for name in (*names, 'calibration error'))
     lines = [f'{name:<{width}}  {value:.4f}' for name, value in report['metrics'].items()]
-    lines += [f'{"calibration error":<{width}}  {report["calibration"]["ece"]:.4f}', '']
+    lines += [f'{"calibration error":<{width}}  {report["calibration"]["ece"]:.4f}{_before(report)}']
+    lines += [_confident(report), '']
     few = len(names) <= FEW
     heading = ', '.join(map(_short, names)) if few else 'the three most frequent'
     lines += [f'{"class":<{width}}  precision  recall  rows  predicted as: {heading}']
@@ -212,6 +206,18 @@ def describe(report: Mapping[str, Any]) -> str:
             f'{"  ".join(map(str, counts)) if few else _most_frequent(names, counts)}'
         )
     return '\n'.join(lines)
+
+
+def _before(report: Mapping[str, Any]) -> str:
+    before = report['calibration'].get('before')
+    return '' if before is None else f'  ({before["ece"]:.4f} without the temperature {before["temperature"]:.4f})'
+
+
+def _confident(report: Mapping[str, Any]) -> str:
+    """The error of the answers that are sure, and of how many."""
+    row = next(row for row in report['coverage'] if row['confidence'] == CONFIDENT)
+    error = 'none' if row['error'] is None else f'{row["error"]:.2%}'
+    return f'error at confidence of {CONFIDENT:.0%} and more: {error} of {row["rows"]} rows ({row["share"]:.1%} of all)'
 
 
 def _short(name: str) -> str:
@@ -244,8 +250,9 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
     _draw_confusion(report, folder / 'confusion.png')
 
     bins = report['calibration']['bins']
-    figure = Figure(figsize=(4.5, 5), layout='constrained')
-    curve, counts = figure.subplots(2, sharex=True, height_ratios=[3, 1])
+    figure = Figure(figsize=(9, 5), layout='constrained')
+    left, right = figure.subfigures(1, 2)  # pyright: ignore[reportGeneralTypeIssues]
+    curve, counts = left.subplots(2, sharex=True, height_ratios=[3, 1])
     curve.plot([0, 1], [0, 1], linestyle=':', color='gray', label='calibrated')
     curve.plot([row['confidence'] for row in bins], [row['accuracy'] for row in bins], marker='o', label='classifier')
     curve.set(ylabel='share that is right', ylim=(0, 1.02))
@@ -253,7 +260,19 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
     curve.legend()
     counts.bar([row['confidence'] for row in bins], [row['rows'] for row in bins], width=0.8 / BINS)
     counts.set(xlabel='confidence', ylabel='rows', xlim=(0, 1.02))
+    _draw_coverage(report['coverage'], right.subplots())
     figure.savefig(folder / 'reliability.png', dpi=150)
+
+
+def _draw_coverage(rows: Sequence[Mapping[str, Any]], axes: Any) -> None:
+    """Draw the error of the rows that are kept over their share, each threshold of the confidence a point."""
+    kept = [row for row in rows if row['rows']]
+    axes.plot([row['share'] for row in kept], [row['error'] for row in kept], marker='o')
+    for row in kept:
+        axes.annotate(f'{row["confidence"]:g}', (row['share'], row['error']), (4, 4), textcoords='offset points')
+    axes.set(xlabel='share of rows of this confidence and more', ylabel='their error', xlim=(0, 1.05))
+    axes.set_ylim(bottom=0)
+    axes.set_title('coverage and error')
 
 
 def _draw_confusion(report: Mapping[str, Any], path: Path) -> None:

@@ -73,6 +73,27 @@ def test_the_calibration_error_is_the_one_of_its_definition():
         assert (row['confidence'], row['accuracy']) == pytest.approx((confidence, accuracy))
 
 
+def test_coverage_and_error_are_those_of_a_loop():
+    names, probabilities, rows, task = random_predictions(3)
+    report = evaluate(probabilities, rows, task)
+    assert 'before' not in report['calibration']
+    for found in report['coverage']:
+        kept = [(row, p) for row, p in zip(rows, probabilities.tolist()) if max(p) >= found['confidence']]
+        wrong = sum(names[p.index(max(p))] != row['label'] for row, p in kept)
+        assert found['rows'] == len(kept) and found['share'] == pytest.approx(len(kept) / len(rows))
+        assert found['error'] == (pytest.approx(wrong / len(kept), abs=1e-6) if kept else None)
+    sure = next(row for row in report['coverage'] if row['confidence'] == 0.9)
+    assert f'error at confidence of 90% and more: {sure["error"]:.2%} of {sure["rows"]} rows' in describe(report)
+
+
+def test_the_error_without_the_temperature_is_told_beside():
+    _, probabilities, rows, task = random_predictions(3)
+    before = evaluate(probabilities, rows, task)['calibration']['ece']
+    report = evaluate(probabilities.log().div(2).softmax(-1), rows, task, temperature=2.0)
+    assert report['calibration']['before'] == {'temperature': 2.0, 'ece': pytest.approx(before, abs=1e-6)}
+    assert f'({before:.4f} without the temperature 2.0000)' in describe(report)
+
+
 @pytest.mark.parametrize(('classes', 'widest'), [(3, 1200), (12, 2200), (77, 2300), (400, 2300)])
 def test_pictures_and_tables_of_many_classes_are_bounded(tmp_path, classes, widest):
     names = [f'class {i} {"x" * 60}' for i in range(classes)]
@@ -84,14 +105,15 @@ def test_pictures_and_tables_of_many_classes_are_bounded(tmp_path, classes, wide
         'classes': {name: {'precision': 1.0, 'recall': 1.0, 'support': 3} for name in names},
         'confusion': confusion.tolist(),
         'calibration': {'ece': 0.1, 'bins': [{'confidence': 0.5, 'accuracy': 0.5, 'rows': 3}]},
+        'coverage': [{'confidence': 0.9, 'rows': 0, 'share': 0.0, 'error': None}],
     }
     draw(report, tmp_path)
     for side in Image.open(tmp_path / 'confusion.png').size:
         assert side < widest
     lines = describe(report).splitlines()
-    assert len(lines) == classes + 4 and (classes < 9 or max(map(len, lines[4:])) < 240)
+    assert len(lines) == classes + 5 and (classes < 9 or max(map(len, lines[5:])) < 240)
     if classes > 20:
-        assert lines[4].endswith(f'  {names[0][:39]}… 3, {names[1][:39]}… 2')
+        assert lines[5].endswith(f'  {names[0][:39]}… 3, {names[1][:39]}… 2')
 
 
 def test_labels_are_found_by_name():

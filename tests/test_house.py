@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / 'dhrd_plugin'
 # From the ground up: a module imports from its own floor and those below it. The first part of a name, or the name.
 FLOORS = [
     {'arguments', 'errors', 'redact', 'ranks', 'files', 'times'},
-    {'losses', 'metrics', 'data.triplet'},
+    {'calibration', 'losses', 'metrics', 'data.triplet'},
     {'streams'},
     {'models'},
     {'data'},

@@ -1,13 +1,15 @@
 """Export the slim classifier at the end of the fit, and at intervals on request."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer.algorithms import EMA
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, Event, State
+from composer.core import Callback, Event, State, Timestamp
 from composer.distributed.prepare_distributed import get_full_state_dict
 from composer.loggers import FileLogger, Logger, TensorboardLogger
 from composer.models import HuggingFaceModel
@@ -16,18 +18,26 @@ from composer.utils import create_interval_scheduler, format_name_with_dist, for
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DistributedSampler
+from torchmetrics import Metric
 
+from dhrd_plugin.calibration import calibrate as fit_calibration
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.export.best import best_path, is_better, keep, read_kept
 from dhrd_plugin.export.mlflow import MlflowTarget, mlflow_logger
 from dhrd_plugin.export.onnx import check_onnx
 from dhrd_plugin.export.place import check_place
 from dhrd_plugin.export.targets import HubTarget, RemoteTarget
 from dhrd_plugin.export.write import DTYPES, add_onnx, network_state, write_slim
+from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.models.build import is_sequence_classifier
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier, describe
-from dhrd_plugin.ranks import on_rank_zero
+from dhrd_plugin.ranks import gather, on_rank_zero
 from dhrd_plugin.streams.remote import check_address
 from dhrd_plugin.times import parse_time
+
+HeldOut = tuple[Tensor, Tensor]  # logits [N, K] and labels [N]
+log = logging.getLogger(__name__)
 
 
 def _gather_network_state(model: nn.Module) -> dict[str, Tensor]:
@@ -100,9 +110,17 @@ class DropReasoningHead(Callback):
         mlflow: at the end of the fit, log it as a model of the MLflow run, with its signature
             (:class:`~dhrd_plugin.export.mlflow.MlflowTarget`). Default: where the trainer has Composer's MLFlowLogger.
         mlflow_registered_model_name: register that model under this name besides. Default: not.
+        monitor: export the weights of the evaluation with the best value of this metric, as it is called in the log,
+            such as ``MulticlassAccuracy``; of equal ones the first. They are kept beside ``output_dir``, in
+            ``OUTPUT_DIR.best.pt``, from which a run that is resumed goes on. Default: the last weights.
+        mode: whether ``'max'`` or ``'min'`` of it is best. Default: as the metric says of itself.
+        dataloader_label: the evaluation set of ``monitor``. Default: the only one.
+        calibrate: an evaluation set; at the fit's end a temperature is fitted to the logits that the exported weights
+            gave of its rows when they were evaluated, and folded into the last layer. Default: not.
 
     Raises:
-        UserError: an unknown ``dtype``; a wrong interval; a missing package; and before training, a
+        UserError: an unknown ``dtype`` or ``mode``; a wrong interval; a missing package; and before training, an
+            unknown metric or evaluation set, a
             model that cannot be exported, an ``output_dir`` that holds something else than an earlier export, or
             what the trainer writes besides, or that cannot be written, a remote or a hub that refuses, ``mlflow``
             without MLFlowLogger.
@@ -119,9 +137,18 @@ class DropReasoningHead(Callback):
         private: bool = False,
         mlflow: bool | None = None,
         mlflow_registered_model_name: str | None = None,
+        monitor: str | None = None,
+        mode: str | None = None,
+        dataloader_label: str | None = None,
+        calibrate: str | None = None,
     ):
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f'drop_reasoning_head.dtype: found {dtype!r}; expected one of {list(DTYPES)}')
+        if mode not in (None, 'max', 'min'):
+            raise UserError(f"drop_reasoning_head.mode: found {mode!r}; expected 'max' or 'min'")
+        for key, value in {'mode': mode, 'dataloader_label': dataloader_label}.items():
+            if value and not monitor:
+                raise UserError(f'drop_reasoning_head.{key}: found without monitor; expected the name of a metric')
         if onnx:
             check_onnx('drop_reasoning_head.onnx')
         self.output_dir = str(output_dir)
@@ -136,10 +163,38 @@ class DropReasoningHead(Callback):
         self._targets += [HubTarget(push_to_hub, private)] if push_to_hub else []
         self._mlflow = True if mlflow_registered_model_name else mlflow
         self._registered_name = mlflow_registered_model_name
+        self.monitor, self._mode, self._label = monitor, mode, dataloader_label
+        self.calibrate = calibrate
+        self._best: dict[str, Any] | None = None  # what is kept: metric, value, batch ...
+        self._logits: list[HeldOut] = []  # of the evaluation that is running, this rank's
+        self._held_out: HeldOut | None = None  # of the last one, all ranks'
+
+    def check_evaluations(self, metrics: Mapping[str, Mapping[str, Metric]]) -> None:
+        """Refuse an evaluation set or a metric that there is not; set what was left to their own word.
+
+        Args:
+            metrics: those of the run, by evaluation set and name.
+        """
+        if self.calibrate:
+            _check_name('calibrate', self.calibrate, metrics, 'evaluation set')
+        if not self.monitor:
+            return
+        if self._label is None:
+            if len(metrics) != 1:
+                raise UserError(f'drop_reasoning_head.dataloader_label: missing; {_one_of(metrics, "evaluation set")}')
+            self._label = next(iter(metrics))
+        _check_name('dataloader_label', self._label, metrics, 'evaluation set')
+        _check_name('monitor', self.monitor, metrics[self._label], f'metric of {self._label}')
+        if self._mode is None:
+            higher = metrics[self._label][self.monitor].higher_is_better
+            if higher is None:
+                raise UserError(f"drop_reasoning_head.mode: missing; expected 'max' or 'min' of {self.monitor}")
+            self._mode = 'max' if higher else 'min'
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse before training what cannot be exported or uploaded."""
         check_exportable(getattr(state.model, 'module', state.model))
+        self.check_evaluations(state.eval_metrics)
         if self._mlflow and mlflow_logger(logger) is None:
             raise UserError('drop_reasoning_head.mlflow: found without a logger of MLflow; expected loggers.mlflow')
         out, apart = self._named(self.output_dir, state), _written_by_others(state, logger)
@@ -149,51 +204,143 @@ class DropReasoningHead(Callback):
                 check_address(self._named(target.remote, state), 'drop_reasoning_head.remote')
         if self._targets:
             on_rank_zero(lambda: [target.check() for target in self._targets] and None)
+        if self.monitor:
+            self._best = on_rank_zero(lambda: self._find_best(state))
+            self._keep_if_best(state)  # of an evaluation before the first step
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Export where it is time to."""
+        """Keep the weights if they are the best, and export where it is time to."""
         del logger
+        self._keep_if_best(state)
         self._export_if_due(Event.BATCH_CHECKPOINT, state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Export where it is time to."""
+        """Keep the weights if they are the best, and export where it is time to."""
         del logger
+        self._keep_if_best(state)
         self._export_if_due(Event.EPOCH_CHECKPOINT, state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Export, to MLflow as well."""
         tracker = None if self._mlflow is False else mlflow_logger(logger)
-        self._export(state, [] if tracker is None else [MlflowTarget(tracker, self._registered_name)])
+        self._keep_if_best(state)
+        calibrated = self._export(state, [] if tracker is None else [MlflowTarget(tracker, self._registered_name)])
+        if self._best is not None and not any(isinstance(part, CheckpointSaver) for part in state.callbacks):
+            on_rank_zero(self._best_path(state).unlink)  # nothing to go on from
+        if self.calibrate and not calibrated:
+            raise UserError(
+                f'drop_reasoning_head.calibrate: found no evaluation of {self.calibrate} after the batch that is '
+                f'exported; the export in {self._named(self.output_dir, state)} is whole, but not calibrated'
+            )
 
     def _export_if_due(self, event: Event, state: State) -> None:
         if self._due and self._due(state, event):
             self._export(state)
 
-    def _export(self, state: State, targets: Sequence[MlflowTarget] = ()) -> None:
+    def _export(self, state: State, targets: Sequence[MlflowTarget] = ()) -> bool:
+        """Write the best weights where they are asked for and there are any, else those of now; say if calibrated."""
         model: Any = getattr(state.model, 'module', state.model)
-        metrics = {label: found for label, found in compute_metrics(state).items() if self._is_of_now(label, state)}
         out = Path(self._named(self.output_dir, state))
-        live = None if _is_sharded(state) else model.model
+        every = [*self._targets, *targets]
 
-        def work() -> None:
+        def write(weights: Mapping[str, Tensor], metrics: Any, held_out: HeldOut | None, **options: Any) -> None:
             ours = isinstance(model, ComposerDualHeadClassifier)
             metadata = model.get_metadata() if ours else describe(model)
-            write_slim(metadata, weights, out, self.dtype, metrics, live=live)
+            calibration = held_out and {'rows_of': self.calibrate, **fit_calibration(*held_out)}
+            write_slim(metadata, weights, out, self.dtype, metrics, calibration=calibration, **options)
             try:
                 if self.onnx:
                     add_onnx(out)
             finally:  # the rest of it is whole
-                for target in [*self._targets, *targets]:
+                for target in every:
                     target.upload(out, lambda name: self._named(name, state))
 
+        def write_best() -> bool:
+            write(**read_kept(self._best_path(state)))
+            return self._best['calibrated']  # pyright: ignore[reportOptionalSubscript]
+
+        if self._best is not None:
+            return on_rank_zero(write_best)
+        metrics, held_out = self._metrics_of_now(state), self._held_out_of_now(state)
+        live = None if _is_sharded(state) else model.model
         with _averaged_weights(state):
             weights = _gather_network_state(state.model)
-            on_rank_zero(work)
+            on_rank_zero(lambda: write(weights, metrics, held_out, live=live))
+        return held_out is not None
+
+    def _keep_if_best(self, state: State) -> None:
+        """Keep the weights of now where an evaluation of them was better than all before; every rank calls it."""
+        if not self.monitor or self._label is None or not self._is_of_now(self._label, state):
+            return
+        metrics, held_out = self._metrics_of_now(state), self._held_out_of_now(state)
+        value = metrics[self._label][self.monitor]
+        if not is_better(value, self._best['value'] if self._best else None, str(self._mode)):
+            return
+        best = {
+            'metric': self.monitor,
+            'dataloader_label': self._label,
+            'value': value,
+            'batch': int(state.timestamp.batch),
+            'epoch': int(state.timestamp.epoch),
+            'calibrated': held_out is not None,
+        }
+        with _averaged_weights(state):
+            weights = _gather_network_state(state.model)
+            path = self._best_path(state)
+            on_rank_zero(lambda: keep(path, weights, best=best, metrics=metrics, held_out=held_out))
+        self._best = best
+
+    def _find_best(self, state: State) -> dict[str, Any] | None:
+        """What a run that is resumed has kept; what an earlier run left is removed."""
+        path = self._best_path(state)
+        best = read_kept(path)['best'] if path.exists() else None
+        if state.timestamp.batch == 0:
+            path.unlink(missing_ok=True)
+            return None
+        if best and (best['metric'], best['dataloader_label']) == (self.monitor, self._label):
+            return best
+        log.warning('drop_reasoning_head.monitor: %s: not there; the best from here on is exported', path)
+        return None
+
+    def _best_path(self, state: State) -> Path:
+        # A name that tells the time is that of the start.
+        return best_path(format_name_with_dist_and_time(self.output_dir, state.run_name, Timestamp()))
+
+    def _metrics_of_now(self, state: State) -> dict[str, dict[str, float]]:
+        return {label: found for label, found in compute_metrics(state).items() if self._is_of_now(label, state)}
+
+    def _held_out_of_now(self, state: State) -> HeldOut | None:
+        return self._held_out if self.calibrate and self._is_of_now(self.calibrate, state) else None
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Forget the logits of the evaluation before."""
+        del state, logger
+        self._logits = []
+
+    def eval_before_forward(self, state: State, logger: Logger) -> None:
+        """Note the labels; a ``HuggingFaceModel`` takes them out of the batch."""
+        del logger
+        if self._is_calibrated_by(state):
+            self._labels = state.batch['labels'].cpu()
+
+    def eval_after_forward(self, state: State, logger: Logger) -> None:
+        """Note the logits."""
+        del logger
+        if self._is_calibrated_by(state):
+            outputs: Any = state.outputs
+            logits = outputs if isinstance(outputs, Tensor) else outputs['logits']
+            self._logits.append((logits.detach().float().cpu(), self._labels))
+
+    def _is_calibrated_by(self, state: State) -> bool:
+        return self.calibrate is not None and state.dataloader_label == self.calibrate
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Note of which weights the metrics are: Composer's last evaluation may come after the fit's end."""
+        """Note of which weights metrics and logits are: Composer's last evaluation may come after the fit's end."""
         del logger
         self._measured[str(state.dataloader_label)] = int(state.timestamp.batch)
+        if self._is_calibrated_by(state):
+            self._held_out = _held_out(self._logits, getattr(state.dataloader, 'sampler', None))
+            self._logits = []
 
     def _is_of_now(self, label: str, state: State) -> bool:
         return self._measured.get(label) == int(state.timestamp.batch)
@@ -207,6 +354,29 @@ class DropReasoningHead(Callback):
         del state, logger
         for target in self._targets:
             target.close()
+
+
+def _held_out(parts: Sequence[HeldOut], sampler: Any) -> HeldOut | None:
+    """Logits and labels of all ranks' rows that have a label, each row once; ``None`` where there are none."""
+    mine = tuple(torch.cat(part) for part in zip(*parts)) if parts else ()
+    if isinstance(sampler, DistributedSampler) and not sampler.drop_last:  # its last row may be another rank's first
+        count = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # pyright: ignore
+        mine = tuple(part[:count] for part in mine)
+    found = [part for part in gather(mine) if part]
+    if not found:
+        return None
+    logits, labels = (torch.cat(part) for part in zip(*found))
+    known = labels != IGNORE_INDEX
+    return (logits[known], labels[known]) if known.any() else None
+
+
+def _check_name(key: str, name: str, known: Iterable[str], what: str) -> None:
+    if name not in known:
+        raise UserError(f'drop_reasoning_head.{key}: found {name!r}; {_one_of(known, what)}')
+
+
+def _one_of(names: Iterable[str], what: str) -> str:
+    return f'expected the name of {"an" if what[0] in "aeiou" else "a"} {what}: {", ".join(names) or "there is none"}'
 
 
 def _written_by_others(state: State, logger: Logger) -> dict[str, str]:

@@ -10,7 +10,13 @@ DROPPED = f'Trained by Dual-Head Reasoning Distillation ({PAPER}); the reasoning
 Metrics = Mapping[str, Mapping[str, float]]  # by evaluation set and name
 
 
-def model_card(metadata: Mapping[str, Any], metrics: Metrics | None, remote_code: bool) -> str:
+def model_card(
+    metadata: Mapping[str, Any],
+    metrics: Metrics | None,
+    remote_code: bool,
+    best: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+) -> str:
     """The text of a ``README.md`` for the Hugging Face hub.
 
     Args:
@@ -18,6 +24,8 @@ def model_card(metadata: Mapping[str, Any], metrics: Metrics | None, remote_code
             ``config`` (the YAML) and ``data`` (fingerprints by loader).
         metrics: by evaluation set and name. Default: none are known.
         remote_code: whether the folder holds code of its own to load with.
+        best: see :func:`~dhrd_plugin.export.write.write_slim`. Default: the weights are the last.
+        calibration: likewise. Default: none.
     """
     settings = metadata.get('dhrd', {})
     data = ModelCardData(library_name='transformers', pipeline_tag='text-classification', tags=['composer', 'dhrd'])
@@ -27,7 +35,8 @@ def model_card(metadata: Mapping[str, Any], metrics: Metrics | None, remote_code
         DROPPED,
         _usage(remote_code),
         _labels(settings),
-        _metrics(metrics),
+        _metrics(metrics, best),
+        _calibration(calibration),
         _fingerprints(settings.get('data')),
         _config(settings.get('config')),
     ]
@@ -51,14 +60,33 @@ def _labels(settings: Mapping[str, Any]) -> str:
     return text if not prompt else f'{text}\n\nInput text:\n\n```\n{prompt}\n```'
 
 
-def _metrics(metrics: Metrics | None) -> str:
+def _metrics(metrics: Metrics | None, best: Mapping[str, Any] | None) -> str:
     # Not the hub's model-index: it asks for a data set of the hub to each value, and shows no table to readers here.
     rows = [
         f'| {label} | {name} | {value:.4f} |'
         for label, values in (metrics or {}).items()
         for name, value in values.items()
     ]
-    return '' if not rows else '\n'.join(['## Evaluation', '', '| set | metric | value |', '|---|---|---|', *rows])
+    if not rows:
+        return ''
+    heading = ['## Evaluation', '']
+    if best:
+        heading += [
+            f'The weights after batch {best["batch"]} (epoch {best["epoch"]}), the best by {best["metric"]} of '
+            f'{best["dataloader_label"]}; these are its metrics.',
+            '',
+        ]
+    return '\n'.join([*heading, '| set | metric | value |', '|---|---|---|', *rows])
+
+
+def _calibration(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return ''
+    rows = f'{found["rows"]} rows' + (f' of {found["rows_of"]}' if 'rows_of' in found else '')
+    return (
+        f'## Calibration\n\nThe logits are divided by the temperature {found["temperature"]:.4f}, fitted on {rows}. On '
+        f'these rows the expected calibration error was {found["ece_before"]:.4f} and is {found["ece_after"]:.4f}.'
+    )
 
 
 def _fingerprints(data: Mapping[str, str] | None) -> str:

@@ -43,6 +43,7 @@ class Classifier:
     label_names: list[str]  # the K class names, in the order of the logits
     task: Mapping[str, Any] | None  # the template that was stored with it, if one was
     max_seq_len: int | None = None  # of its training, in tokens, if that was stored
+    temperature: float | None = None  # that it was calibrated by, if it was
 
     @cached_property
     def template(self) -> Task | None:
@@ -153,12 +154,13 @@ def _from_folder(folder: Path, place: str | Path, runtime: str | None = None, on
         tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
         names: dict[int, str] = dict(model.config.id2label)
         stored = getattr(model.config, 'dhrd', None) or {}
+        temperature = (stored.get('calibration') or {}).get('temperature')
     labels = [names[index] for index in sorted(names)]
     if sorted(names) != list(range(len(names))) or len(set(labels)) < len(labels) or not _are_texts(labels):
         raise UserError(
             f'{place}: config.json: id2label: found {one_line(names)}; expected a name for each class, from 0'
         )
-    return Classifier(model, tokenizer, labels, stored.get('task'), stored.get('max_seq_len'))
+    return Classifier(model, tokenizer, labels, stored.get('task'), stored.get('max_seq_len'), temperature)
 
 
 def _device() -> torch.device:

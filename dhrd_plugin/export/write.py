@@ -47,6 +47,8 @@ def write_slim(
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     onnx: bool = False,
     live: nn.Module | None = None,
+    best: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a slim classifier from a model's full state.
 
@@ -70,6 +72,10 @@ def write_slim(
         metrics: for the model card, by evaluation set and name. Default: none are known.
         onnx: add ``model.onnx`` when the folder is published (:func:`add_onnx`). Default: ``False``.
         live: the model inside itself, which is asked the same rows. Default: one rebuilt from metadata and state.
+        best: of which evaluation the weights are, for card and config: ``metric``, ``dataloader_label``, ``value``,
+            ``batch``, ``epoch``. Default: they are the last.
+        calibration: of :func:`~dhrd_plugin.calibration.calibrate`, for card and config; the last layer is divided by
+            its ``temperature``. Default: as trained.
 
     Returns:
         ``out``.
@@ -88,17 +94,21 @@ def write_slim(
         lm: Any = getattr(model, 'causal_lm', model)
         inputs = probe_rows(tokenizer, len(lm.get_input_embeddings().weight), _pad_token_id(metadata), pad_last)
         asked, expected = _ask(live, model, inputs)
+        temperature = calibration['temperature'] if calibration else 1.0
+        chosen = {'best': best, 'calibration': calibration}
         flaw = None
         stock = not pad_last and not is_taken_for_another(tokenizer, lm.config)
         for config, weights in _forms(model, metadata, stock):
             _empty(folder)
+            _add_facts(config, chosen)
+            weights = _divide_last_layer(weights, len(expected[0]), temperature)
             _write_model(config, _cast(config, weights, dtype), tokenizer, folder)
-            flaw = find_difference(folder, list(weights), asked, inputs, expected, tokenizer)
+            flaw = find_difference(folder, list(weights), asked, inputs, expected / temperature, tokenizer)
             if flaw is None:
                 break
         else:
             raise UserError(f'{out}: not written, as it would not answer as the model does: {flaw}')
-        card = model_card(metadata, metrics, isinstance(config, slim.SlimClassifierConfig))
+        card = model_card(metadata, metrics, isinstance(config, slim.SlimClassifierConfig), best, calibration)
         (folder / 'README.md').write_text(card, encoding='utf-8')
         replace_folder(folder, out, foreign)
     if onnx:
@@ -203,6 +213,25 @@ def _merged_stock_state(model: nn.Module) -> dict[str, Tensor]:
     # Merging changes weights in place, and these may be the live ones.
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     return model.merge_and_unload().state_dict()  # pyright: ignore
+
+
+def _add_facts(config: Any, facts: Mapping[str, Any]) -> None:
+    """Add to the config's ``dhrd`` what is known."""
+    known = {key: dict(value) for key, value in facts.items() if value}
+    if known:
+        config.dhrd = {**(getattr(config, 'dhrd', None) or {}), **known}
+
+
+def _divide_last_layer(weights: Mapping[str, Tensor], num_labels: int, temperature: float) -> dict[str, Tensor]:
+    """The weights, those of the layer that makes the logits divided: it stands last in every classifier."""
+    if temperature == 1:
+        return dict(weights)
+    last = [name for name, value in weights.items() if value.ndim == 2 and len(value) == num_labels][-1]
+    names = {last, f'{last.removesuffix("weight")}bias'}
+    return {
+        name: (value.float() / temperature).to(value.dtype) if name in names else value
+        for name, value in weights.items()
+    }
 
 
 def _cast(config: PretrainedConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:

@@ -14,6 +14,7 @@ from dhrd_plugin.arguments import check_arguments
 from dhrd_plugin.callbacks.gradient_comparison import NO_COMPILE, NO_FSDP
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.errors import UserError, user_errors
+from dhrd_plugin.metrics import build_metrics
 from dhrd_plugin.streams.remote import is_remote
 from dhrd_plugin.streams.settings import check_settings
 from dhrd_plugin.times import parse_time
@@ -49,6 +50,7 @@ def check_limits(config: Config) -> None:
             if getattr(config, key) is not None:
                 raise UserError(f'callbacks.gradient_comparison: found with {key}: {reason}')
     check_parts(config)
+    check_chosen(config, load_task(config.task))
     folder = config.save_folder
     if config.save_num_checkpoints_to_keep == 0 and folder and not is_remote(folder):
         raise UserError('save_num_checkpoints_to_keep: found 0, which keeps none; expected 1 or more, or -1 for all')
@@ -67,6 +69,21 @@ def check_parts(config: Config) -> None:
         registry.build_named('scheduler', config.scheduler, 'scheduler')
     if config.compile_config is not None:
         check_arguments(torch.compile, config.compile_config, 'compile_config', given=['model'])
+
+
+def check_chosen(config: Config, task: Task) -> None:
+    """Refuse an export that asks for evaluations that there are not."""
+    kwargs = used(config.callbacks).get('drop_reasoning_head')
+    if kwargs is None:
+        return
+    (export,) = registry.build_parts('callbacks', {'drop_reasoning_head': kwargs})
+    metrics = {type(metric).__name__: metric for metric in build_metrics(task.metrics, len(task.label_names))}
+    export.check_evaluations(dict.fromkeys(used(config.eval_loaders), metrics))
+    asked = [key for key in ('monitor', 'calibrate') if getattr(export, key)]
+    if asked and not parse_time(config.eval_interval, 'eval_interval').value:
+        raise UserError(
+            f'drop_reasoning_head.{asked[0]}: found with eval_interval={config.eval_interval}, which never evaluates'
+        )
 
 
 def check_task(config: Config, task: Task) -> None:

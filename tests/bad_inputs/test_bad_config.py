@@ -132,6 +132,14 @@ OURS = 'algorithms.auxiliary_reasoning_loss'
             'callbacks.drop_reasoning_head={output_dir: slim, dtype: fp8}',
             "drop_reasoning_head.dtype: found 'fp8'; expected one of",
         ),
+        (
+            'callbacks.drop_reasoning_head={output_dir: slim, monitor: Accuracy}',
+            "drop_reasoning_head.monitor: found 'Accuracy'; expected the name of a metric of val: MulticlassAcc",
+        ),
+        (
+            'callbacks.drop_reasoning_head={output_dir: slim, calibrate: test}',
+            "drop_reasoning_head.calibrate: found 'test'; expected the name of an evaluation set: ",
+        ),
         ('callbacks.gradient_comparison={interval: 0ba}', "interval: found '0ba'; expected batches or epochs"),
         # schedules that the run is too short for, or that make no factor
         (
