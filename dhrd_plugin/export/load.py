@@ -149,7 +149,8 @@ def _find_onnx(folder: Path, place: str | Path, runtime: str | None) -> Path | N
 def _from_folder(folder: Path, place: str | Path, runtime: str | None = None, onnx: Path | None = None) -> Classifier:
     onnx = onnx or _find_onnx(folder, place, runtime)
     with user_errors(f'{place}: cannot be loaded'):
-        model: Any = load_slim(folder).to(_device()) if onnx is None else OnnxClassifier(onnx)
+        model: Any = load_slim(folder) if onnx is None else OnnxClassifier(onnx)
+        model = model.to(_device()) if onnx is None else model
         # The config, which transformers 5 would read as one of another type.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
         names: dict[int, str] = dict(model.config.id2label)

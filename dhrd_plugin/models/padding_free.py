@@ -96,7 +96,7 @@ def _flash(
     dtype = _precision(query)
     states = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
     seen = {} if window is None else {'window_size_left': window - 1, 'window_size_right': 0}
-    flash = torch.ops.aten._flash_attention_forward
+    flash: Any = torch.ops.aten._flash_attention_forward
     return flash(*states, offsets, offsets, longest, longest, dropout, True, False, scale=scaling, **seen)[0][None]
 
 
