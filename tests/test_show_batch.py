@@ -33,7 +33,8 @@ ANSWER = re.compile(r'<ANS> (\w+)')
     ],
 )
 def test_a_control_gives_the_sequence_that_its_name_promises(root, capsys, wide, control, own_rationale, has_reason):
-    first, *_ = shown(root, capsys, f'train_loader.control={control}')
+    paper = ('train_loader.layout=reason_first', 'markers.answer=<ANS>')
+    first, *_ = shown(root, capsys, f'train_loader.control={control}', *paper)
     assert 'Hugo dried the plates after dinner.' in first
     assert 'entail the hypothesis[?]' in first
     assert (OWN in first) == own_rationale

@@ -77,7 +77,8 @@ def check_chosen(config: Config, task: Task) -> None:
     if kwargs is None:
         return
     (export,) = registry.build_parts('callbacks', {'drop_reasoning_head': kwargs})
-    metrics = {type(metric).__name__: metric for metric in build_metrics(task.metrics, len(task.label_names))}
+    count = len(task.label_names) or 2  # of a task whose labels are yet to be found; here names alone count
+    metrics = {type(metric).__name__: metric for metric in build_metrics(task.metrics, count)}
     export.check_evaluations(dict.fromkeys(used(config.eval_loaders), metrics))
     asked = [key for key in ('monitor', 'calibrate') if getattr(export, key)]
     if asked and not parse_time(config.eval_interval, 'eval_interval').value:

@@ -240,14 +240,16 @@ def floor_in_one(bench: Bench, rows: Rows) -> Callable[[], None]:
     unpadded.use_padding_free(lm)
 
     def run(encoded: Sequence[Encoded]) -> None:
-        lengths = [len(row.input_ids) for row in encoded]
+        lengths = torch.tensor([len(row.input_ids) for row in encoded], device=bench.device)
+        offsets = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         flat = [list(chain(*parts)) for parts in zip(*((row.input_ids, row.labels) for row in encoded))]
         ids, targets = torch.tensor(flat, device=bench.device)
-        positions = torch.cat([torch.arange(length, device=bench.device) for length in lengths])
+        longest = max(len(row.input_ids) for row in encoded)
+        positions = torch.cat([torch.arange(len(row.input_ids), device=bench.device) for row in encoded])
         with bench.precision():
             hidden = lm.base_model(
                 ids[None],
-                attention_mask=torch.tensor(lengths).view(1, 1, 1, -1),
+                attention_mask=offsets.expand(1, 1, longest, -1),
                 position_ids=positions[None],
                 use_cache=False,
             )[0][0]

@@ -91,7 +91,7 @@ def test_predict_prints_a_label_for_each_text(run, capsys, tmp_path):
 
 
 def test_markers_as_added_tokens_are_trained_and_exported(root, tmp_path):
-    overrides = ['markers.as_tokens=true', 'model.lora=null', 'eval_interval=0ba']
+    overrides = ['markers={as_tokens: true, answer: <ANS>}', 'model.lora=null', 'eval_interval=0ba']
     trainer = train(small_config(root, tmp_path, *overrides))
     model = trainer.state.model
     markers = model.tokenizer.convert_tokens_to_ids(['<REASON>', '<ANS>'])
