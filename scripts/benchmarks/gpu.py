@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -18,6 +19,8 @@ from tabulate import tabulate
 from dhrd_plugin.cli import Parser, number, run
 
 TESTS = Path(__file__).resolve().parents[2] / 'tests'
+# NVML is asked whether there is a GPU: a process that asked CUDA itself cannot be forked.
+ENVIRONMENT = {'PYTORCH_NVML_BASED_CUDA_CHECK': '1', 'HF_HUB_OFFLINE': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
 THREADS = 4  # of each of the sections that run at once
 
 Line = Mapping[str, Any]
@@ -46,6 +49,8 @@ def _main(args: Any) -> int:
         print(table(read(args.table)))
         return 0
     end = time.time() + args.seconds
+    os.environ.update(ENVIRONMENT)
+    warnings.simplefilter('ignore')
     sys.path[:0] = [str(TESTS)]
     common, sections = import_module('gpu.common'), import_module('gpu.sections')
     common.OUTPUT['path'] = args.output.resolve()

@@ -9,14 +9,7 @@ import statistics
 import tempfile
 import time
 import traceback
-import warnings
 from pathlib import Path
-
-# Ask NVML whether there is a GPU: a process that asked CUDA itself cannot be forked.
-os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')
-os.environ.setdefault('HF_HUB_OFFLINE', '1')
-os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
-warnings.simplefilter('ignore')
 
 import torch
 from benchmarks.material import load_rows
