@@ -101,9 +101,9 @@ class DropReasoningHead(Callback):
             besides, each in the place of the last unless ``output_dir`` names the time. Default: never.
         remote: where to upload the folder, such as ``s3://bucket/rte/slim``, by Composer's
             ``RemoteUploader``; the same placeholders. Default: nowhere.
-        onnx: add ``model.onnx`` besides, fp32, of dynamic batch and length; needs the extra ``onnx``. Where it
-            cannot be made, or does not answer as the model does, the rest is published before the run ends.
-            Default: ``False``.
+        onnx: ``True`` or ``'fp32'`` adds ``model.onnx``, fp32, of dynamic batch and length, and ``'int8'`` also
+            ``model-int8.onnx``; needs the extra ``onnx``. Where it cannot be made, or does not answer as the model
+            does, the rest is published before the run ends. Default: ``False``.
         push_to_hub: a repository of the Hugging Face hub, such as ``org/name``; the token is
             huggingface_hub's (``HF_TOKEN`` or its login). Default: none.
         private: whether that repository is private, where it is created. Default: ``False``.
@@ -132,7 +132,7 @@ class DropReasoningHead(Callback):
         dtype: str | None = None,
         every: str | None = None,
         remote: str | None = None,
-        onnx: bool = False,
+        onnx: bool | str = False,
         push_to_hub: str | None = None,
         private: bool = False,
         mlflow: bool | None = None,
@@ -149,11 +149,9 @@ class DropReasoningHead(Callback):
         for key, value in {'mode': mode, 'dataloader_label': dataloader_label}.items():
             if value and not monitor:
                 raise UserError(f'drop_reasoning_head.{key}: found without monitor; expected the name of a metric')
-        if onnx:
-            check_onnx('drop_reasoning_head.onnx')
         self.output_dir = str(output_dir)
         self.dtype = None if dtype is None else DTYPES[dtype]
-        self.onnx = onnx
+        self.onnx = check_onnx('drop_reasoning_head.onnx', onnx)
         self._measured: dict[str, int] = {}  # the batch of each evaluation set's metrics
         self._due = None
         if every is not None:
@@ -250,7 +248,7 @@ class DropReasoningHead(Callback):
             write_slim(metadata, weights, out, self.dtype, metrics, calibration=calibration, **options)
             try:
                 if self.onnx:
-                    add_onnx(out)
+                    add_onnx(out, self.onnx)
             finally:  # the rest of it is whole
                 for target in every:
                     target.upload(out, lambda name: self._named(name, state))

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCardData
 
 PAPER = 'arXiv:2509.21487'
 DROPPED = f'Trained by Dual-Head Reasoning Distillation ({PAPER}); the reasoning head is dropped.'  # in every card
+_INT8 = '\n## int8\n\n'
 Metrics = Mapping[str, Mapping[str, float]]  # by evaluation set and name
 
 
@@ -86,6 +87,19 @@ def _calibration(found: Mapping[str, Any] | None) -> str:
     return (
         f'## Calibration\n\nThe logits are divided by the temperature {found["temperature"]:.4f}, fitted on {rows}. On '
         f'these rows the expected calibration error was {found["ece_before"]:.4f} and is {found["ece_after"]:.4f}.'
+    )
+
+
+def with_int8(card: str, found: Mapping[str, Any]) -> str:
+    """A card with a section on the int8 ONNX file at its end, in the place of an earlier one.
+
+    Args:
+        card: of :func:`model_card`.
+        found: of :func:`~dhrd_plugin.export.onnx.compare_int8`.
+    """
+    return (
+        f'{card.partition(_INT8)[0]}{_INT8}`model-int8.onnx` beside `model.onnx`, on {found["rows"]} made rows: '
+        f'{found["same"]:.1%} of the labels are the same, and probabilities are up to {found["apart"]:.4f} apart.\n'
     )
 
 

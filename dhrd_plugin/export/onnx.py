@@ -1,7 +1,10 @@
 """The slim classifier for ONNX Runtime."""
 
 import importlib.util
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,10 @@ from dhrd_plugin.models.slim import SlimClassifier
 from dhrd_plugin.models.versions import pad_token_of
 
 NAME = 'model.onnx'
+INT8 = 'model-int8.onnx'
+KINDS = ('fp32', 'int8')
 OPSET = 17
+_LARGEST = 2**31  # bytes of one file, by protobuf
 
 
 class _Logits(nn.Module):
@@ -46,14 +52,28 @@ def _causal_mask(attention_mask: Tensor) -> Tensor:
     return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
-def check_onnx(key: str) -> None:
-    """Check that the package that writes ONNX files is installed.
+def check_onnx(key: str, value: bool | str | None) -> str | None:
+    """Check what ONNX file is asked for, and that the packages that write it are installed.
 
     Args:
         key: what asks for the file, for the message.
+        value: one of ``KINDS``; ``True`` is ``'fp32'``, ``False`` and ``None`` are none.
+
+    Returns:
+        One of ``KINDS``, or ``None``.
+
+    Raises:
+        UserError: ``value`` is something else, or a package is missing.
     """
-    if importlib.util.find_spec('onnx') is None:
-        raise UserError(f"{key}: the package onnx is not installed; pip install 'dhrd-plugin[onnx]'")
+    if not value:
+        return None
+    if value is not True and value not in KINDS:
+        raise UserError(f"{key}: found {value!r}; expected true (fp32), 'fp32' or 'int8'")
+    needed = ['onnx', *(['onnxruntime', 'ml_dtypes'] if value == 'int8' else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{key}: the package {missing[0]} is not installed; pip install 'dhrd-plugin[onnx]'")
+    return 'fp32' if value is True else value
 
 
 def write_onnx(model: PreTrainedModel, path: str | Path) -> None:
@@ -99,12 +119,76 @@ def check_answers(model: PreTrainedModel, path: str | Path) -> None:
     if importlib.util.find_spec('onnxruntime') is None:
         return
     session = _session(path)
-    vocabulary = len(model.get_input_embeddings().weight)  # pyright: ignore
-    batch = probe_rows(None, vocabulary, pad_token_of(model.config), pad_last=True)
+    batch = _probe(model)
     for inputs in (batch, {name: value[-1:, :4] for name, value in batch.items()}):
         flaw = difference(_run(session, **inputs), ask(model, inputs), TOLERANCE)
         if flaw is not None:
             raise UserError(f'{type(model).__name__}: {flaw}')
+
+
+def write_int8(path: str | Path, int8: str | Path) -> None:
+    """Write an ONNX file again with int8 weights, a scale for each column; activations become int8 as it runs.
+
+    Only products with weights become int8: embeddings, attention scores and norms stay fp32.
+
+    Args:
+        path: of :func:`write_onnx`.
+        int8: the file to write; weights of more than 2 GB lie beside it.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    size = sum(file.stat().st_size for file in Path(path).parent.iterdir())
+    with _quiet():
+        quantize_dynamic(
+            path,
+            int8,
+            op_types_to_quantize=['MatMul', 'Gemm'],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=size >= _LARGEST,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the advice to prepare the file first, which gains nothing here: shapes are dynamic."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def compare_int8(model: PreTrainedModel, path: str | Path, int8: str | Path) -> dict[str, Any]:
+    """How far the int8 file's answers lie from the fp32 file's, on the rows of :func:`check_answers`.
+
+    Args:
+        model: of :func:`write_onnx`.
+        path: the fp32 file.
+        int8: that of :func:`write_int8`.
+
+    Returns:
+        ``rows``, their number; ``same``, the share of equal labels; ``apart``, the largest difference of a
+        probability.
+
+    Raises:
+        UserError: it answers with something that is not finite.
+    """
+    rows = _probe(model)
+    first, second = (_run(_session(file), **rows).softmax(-1) for file in (path, int8))
+    if not second.isfinite().all():
+        raise UserError('int8: found probabilities that are not finite')
+    return {
+        'rows': len(first),
+        'same': float((first.argmax(-1) == second.argmax(-1)).float().mean()),
+        'apart': float((first - second).abs().max()),
+    }
+
+
+def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
+    vocabulary = len(model.get_input_embeddings().weight)  # pyright: ignore
+    return probe_rows(None, vocabulary, pad_token_of(model.config), pad_last=True)
 
 
 def _session(path: str | Path) -> Any:
@@ -121,7 +205,7 @@ def _run(session: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 class OnnxClassifier:
-    """A file of :func:`write_onnx`, called like the Hugging Face classifier that it was.
+    """A file of :func:`write_onnx` or :func:`write_int8`, called like the Hugging Face classifier that it was.
 
     Args:
         path: with ``config.json`` beside it.
@@ -134,6 +218,7 @@ class OnnxClassifier:
             raise UserError(f"{path}: onnxruntime is not installed; pip install 'dhrd-plugin[onnx]'")
         self.session = _session(path)
         self.threads = self.session.get_session_options().intra_op_num_threads
+        self.kind = 'int8' if Path(path).name == INT8 else 'fp32'
         self.config = load_slim_config(Path(path).parent)
         given, wanted = {item.name for item in self.session.get_inputs()}, {'input_ids', 'attention_mask'}
         (logits, *_) = self.session.get_outputs()
