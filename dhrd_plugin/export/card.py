@@ -5,6 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from dhrd_plugin.export.int8 import Difference
+
 PAPER = 'arXiv:2509.21487'
 DROPPED = f'Trained by Dual-Head Reasoning Distillation ({PAPER}); the reasoning head is dropped.'  # in every card
 _INT8 = '\n## int8\n\n'
@@ -90,17 +92,20 @@ def _calibration(found: Mapping[str, Any] | None) -> str:
     )
 
 
-def with_int8(card: str, found: Mapping[str, Any]) -> str:
+def with_int8(card: str, found: Difference) -> str:
     """A card with a section on the int8 ONNX file at its end, in the place of an earlier one.
 
     Args:
         card: of :func:`model_card`.
-        found: of :func:`~dhrd_plugin.export.onnx.compare_int8`.
+        found: of :func:`~dhrd_plugin.export.int8.compare`.
     """
-    return (
-        f'{card.partition(_INT8)[0]}{_INT8}`model-int8.onnx` beside `model.onnx`, on {found["rows"]} made rows: '
-        f'{found["same"]:.1%} of the labels are the same, and probabilities are up to {found["apart"]:.4f} apart.\n'
+    text = (
+        f'`model-int8.onnx` beside `model.onnx`, on {found.rows} rows of {found.rows_of}: {found.same:.1%} of the '
+        f'labels are the same, and probabilities are up to {found.apart:.4f} apart.'
     )
+    if found.accuracy:
+        text += f' Accuracy on them: {found.accuracy[1]:.4f} in int8, {found.accuracy[0]:.4f} in fp32.'
+    return f'{card.partition(_INT8)[0]}{_INT8}{text}\n'
 
 
 def _fingerprints(data: Mapping[str, str] | None) -> str:

@@ -18,7 +18,8 @@ from dhrd_plugin.data.texts import texts_of
 from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError, one_line, user_errors
 from dhrd_plugin.export.classify import predict
-from dhrd_plugin.export.onnx import INT8, NAME, OnnxClassifier
+from dhrd_plugin.export.int8 import NAME as INT8
+from dhrd_plugin.export.onnx import NAME, OnnxClassifier
 from dhrd_plugin.models.build import load_slim
 from dhrd_plugin.streams.remote import is_remote
 

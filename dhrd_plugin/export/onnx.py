@@ -1,10 +1,7 @@
 """The slim classifier for ONNX Runtime."""
 
 import importlib.util
-import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,8 @@ from dhrd_plugin.models.slim import SlimClassifier
 from dhrd_plugin.models.versions import pad_token_of
 
 NAME = 'model.onnx'
-INT8 = 'model-int8.onnx'
 KINDS = ('fp32', 'int8')
 OPSET = 17
-_LARGEST = 2**31  # bytes of one file, by protobuf
 
 
 class _Logits(nn.Module):
@@ -119,74 +114,15 @@ def check_answers(model: PreTrainedModel, path: str | Path) -> None:
     if importlib.util.find_spec('onnxruntime') is None:
         return
     session = _session(path)
-    batch = _probe(model)
+    batch = made_rows(model)
     for inputs in (batch, {name: value[-1:, :4] for name, value in batch.items()}):
         flaw = difference(_run(session, **inputs), ask(model, inputs), TOLERANCE)
         if flaw is not None:
             raise UserError(f'{type(model).__name__}: {flaw}')
 
 
-def write_int8(path: str | Path, int8: str | Path) -> None:
-    """Write an ONNX file again with int8 weights, a scale for each column; activations become int8 as it runs.
-
-    Only products with weights become int8: embeddings, attention scores and norms stay fp32.
-
-    Args:
-        path: of :func:`write_onnx`.
-        int8: the file to write; weights of more than 2 GB lie beside it.
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    size = sum(file.stat().st_size for file in Path(path).parent.iterdir())
-    with _quiet():
-        quantize_dynamic(
-            path,
-            int8,
-            op_types_to_quantize=['MatMul', 'Gemm'],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=size >= _LARGEST,
-        )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the advice to prepare the file first, which gains nothing here: shapes are dynamic."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def compare_int8(model: PreTrainedModel, path: str | Path, int8: str | Path) -> dict[str, Any]:
-    """How far the int8 file's answers lie from the fp32 file's, on the rows of :func:`check_answers`.
-
-    Args:
-        model: of :func:`write_onnx`.
-        path: the fp32 file.
-        int8: that of :func:`write_int8`.
-
-    Returns:
-        ``rows``, their number; ``same``, the share of equal labels; ``apart``, the largest difference of a
-        probability.
-
-    Raises:
-        UserError: it answers with something that is not finite.
-    """
-    rows = _probe(model)
-    first, second = (_run(_session(file), **rows).softmax(-1) for file in (path, int8))
-    if not second.isfinite().all():
-        raise UserError('int8: found probabilities that are not finite')
-    return {
-        'rows': len(first),
-        'same': float((first.argmax(-1) == second.argmax(-1)).float().mean()),
-        'apart': float((first - second).abs().max()),
-    }
-
-
-def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
+def made_rows(model: PreTrainedModel) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, [B, S], of several lengths; one ends in the pad token."""
     vocabulary = len(model.get_input_embeddings().weight)  # pyright: ignore
     return probe_rows(None, vocabulary, pad_token_of(model.config), pad_last=True)
 
@@ -205,21 +141,22 @@ def _run(session: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 class OnnxClassifier:
-    """A file of :func:`write_onnx` or :func:`write_int8`, called like the Hugging Face classifier that it was.
+    """A file of :func:`write_onnx`, also one with int8 weights, called like the Hugging Face classifier that it was.
 
     Args:
-        path: with ``config.json`` beside it.
+        path: the file.
+        folder: with its ``config.json``. Default: that of ``path``.
     """
 
     device = torch.device('cpu')
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, folder: str | Path | None = None):
         if importlib.util.find_spec('onnxruntime') is None:
             raise UserError(f"{path}: onnxruntime is not installed; pip install 'dhrd-plugin[onnx]'")
         self.session = _session(path)
         self.threads = self.session.get_session_options().intra_op_num_threads
-        self.kind = 'int8' if Path(path).name == INT8 else 'fp32'
-        self.config = load_slim_config(Path(path).parent)
+        self.kind = 'int8' if 'int8' in Path(path).name else 'fp32'
+        self.config = load_slim_config(Path(path).parent if folder is None else folder)
         given, wanted = {item.name for item in self.session.get_inputs()}, {'input_ids', 'attention_mask'}
         (logits, *_) = self.session.get_outputs()
         if given != wanted or logits.shape[1:] != [self.config.num_labels]:

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ from transformers import (
 
 from dhrd_plugin.errors import UserError, one_line, user_errors
 from dhrd_plugin.export.card import model_card, with_int8
-from dhrd_plugin.export.onnx import INT8, NAME, check_answers, check_onnx, compare_int8, write_int8, write_onnx
+from dhrd_plugin.export.int8 import NAME as INT8
+from dhrd_plugin.export.int8 import Row, compare, rows_of, write_int8
+from dhrd_plugin.export.onnx import NAME, OnnxClassifier, check_answers, check_onnx, made_rows, write_onnx
 from dhrd_plugin.export.place import check_place, foreign
 from dhrd_plugin.export.probe import Inputs, ask, ends_in_pad, find_difference, probe_rows
 from dhrd_plugin.files import replace_folder, staged
+from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.models import heads, slim
 from dhrd_plugin.models.build import load_slim, merged_state, rebuild, without_weights
 from dhrd_plugin.models.network import DualHeadNetwork
@@ -268,13 +271,15 @@ def _write_model(config: PretrainedConfig, weights: Mapping[str, Tensor], tokeni
         shutil.copymode(folder / 'config.json', path)  # safetensors lets nobody else read
 
 
-def add_onnx(folder: str | Path, kind: str = 'fp32') -> None:
+def add_onnx(folder: str | Path, kind: str = 'fp32', rows: Sequence[Row] = (), of: str = '') -> None:
     """Add ``model.onnx`` to a slim export, in fp32, of dynamic batch and length; and one with int8 weights on request.
 
     Args:
         folder: of :func:`write_slim`; on failure it stays as it is.
         kind: ``'int8'`` adds ``model-int8.onnx`` besides, and to the card how far it answers as the other does.
             Default: ``'fp32'``.
+        rows: to compare the two on. Default: a few made ones.
+        of: the evaluation set of ``rows``, for the card.
 
     Raises:
         UserError: the model cannot be written so, or ONNX Runtime does not answer as it does.
@@ -286,10 +291,15 @@ def add_onnx(folder: str | Path, kind: str = 'fp32') -> None:
             write_onnx(model, scratch / NAME)
             check_answers(model, scratch / NAME)
             if kind == 'int8':
+                if not rows:
+                    batch = made_rows(model)
+                    unknown = torch.full((len(batch['input_ids']),), IGNORE_INDEX)
+                    rows, of = rows_of({**batch, 'labels': unknown}), 'made ones'
                 write_int8(scratch / NAME, scratch / INT8)
-                found = compare_int8(model, scratch / NAME, scratch / INT8)
+                files = [OnnxClassifier(scratch / name, folder) for name in (NAME, INT8)]
                 card = (folder / 'README.md').read_text(encoding='utf-8')
-                (scratch / 'README.md').write_text(with_int8(card, found), encoding='utf-8')
+                card = with_int8(card, compare(files[0], files[1], rows, of))
+                (scratch / 'README.md').write_text(card, encoding='utf-8')
         except Exception as error:
             raise UserError(
                 f'onnx: {one_line(error, kind=not isinstance(error, UserError))}; the export in {folder} is whole '
