@@ -64,7 +64,7 @@ def check_onnx(key: str, value: bool | str | None) -> str | None:
         return None
     if value is not True and value not in KINDS:
         raise UserError(f"{key}: found {value!r}; expected true (fp32), 'fp32' or 'int8'")
-    needed = ['onnx', *(['onnxruntime', 'ml_dtypes'] if value == 'int8' else [])]
+    needed = ['onnx', *(['onnxruntime', 'onnx_ir'] if value == 'int8' else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{key}: the package {missing[0]} is not installed; pip install 'dhrd-plugin[onnx]'")

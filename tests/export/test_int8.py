@@ -23,7 +23,7 @@ TEXTS = [row['input_text'] for row in ROWS]
 @pytest.fixture
 def int8_written():
     pytest.importorskip('onnxruntime')
-    pytest.importorskip('ml_dtypes')
+    pytest.importorskip('onnx_ir')
 
 
 @pytest.mark.usefixtures('int8_written')
@@ -69,9 +69,9 @@ def test_the_command_takes_the_kind_or_none(tmp_path, words, names):
 def test_another_kind_and_a_missing_package_are_refused(monkeypatch):
     with pytest.raises(UserError, match=r"^drop_reasoning_head.onnx: found 'int4'; expected true \(fp32\), 'fp32' or"):
         DropReasoningHead('slim', onnx='int4')
-    monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name == 'ml_dtypes' else name)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name == 'onnx_ir' else name)
     assert DropReasoningHead('slim', onnx=True).onnx == 'fp32'
-    with pytest.raises(UserError, match=r'^drop_reasoning_head.onnx: the package ml_dtypes is not installed'):
+    with pytest.raises(UserError, match=r'^drop_reasoning_head.onnx: the package onnx_ir is not installed'):
         DropReasoningHead('slim', onnx='int8')
 
 
