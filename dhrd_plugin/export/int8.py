@@ -1,6 +1,8 @@
 """The slim classifier for ONNX Runtime with int8 weights, and how far its answers lie from those of fp32."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,14 +46,32 @@ def write_int8(path: str | Path, int8: str | Path) -> None:
         path: of :func:`~dhrd_plugin.export.onnx.write_onnx`, in a folder with nothing but its weights.
         int8: the file to write; weights of more than 2 GB lie beside it.
     """
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
-
     size = sum(file.stat().st_size for file in Path(path).parent.iterdir())
-    config = DefaultWeightOnlyQuantConfig(block_size=_BLOCK, is_symmetric=True, accuracy_level=_INT8_INPUTS, bits=8)
-    quantizer = MatMulNBitsQuantizer(str(path), algo_config=config)
-    quantizer.model.replace_gemm_with_matmul()
-    quantizer.process()
-    quantizer.model.save_model_to_file(str(int8), size >= _LARGEST)
+    with _quiet():
+        # Imported here: it is of the extra `onnx`, and sets up logging.
+        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+        config = DefaultWeightOnlyQuantConfig(block_size=_BLOCK, is_symmetric=True, accuracy_level=_INT8_INPUTS, bits=8)
+        quantizer = MatMulNBitsQuantizer(str(path), algo_config=config)
+        found: Any = quantizer.model
+        found.replace_gemm_with_matmul()
+        quantizer.process()
+        found = quantizer.model
+        found.save_model_to_file(str(int8), size >= _LARGEST)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a line for each node of the graph; the root logger is left as it was."""
+    root = logging.getLogger()
+    before, level, handlers = root.manager.disable, root.level, list(root.handlers)
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 def rows_of(batch: Mapping[str, Any]) -> list[Row]:

@@ -294,7 +294,7 @@ def add_onnx(folder: str | Path, kind: str = 'fp32', rows: Sequence[Row] = (), o
                 if not rows:
                     batch = made_rows(model)
                     unknown = torch.full((len(batch['input_ids']),), IGNORE_INDEX)
-                    rows, of = rows_of({**batch, 'labels': unknown}), 'made ones'
+                    rows, of = rows_of({**batch, 'labels': unknown}), 'made-up tokens'
                 write_int8(scratch / NAME, scratch / INT8)
                 files = [OnnxClassifier(scratch / name, folder) for name in (NAME, INT8)]
                 card = (folder / 'README.md').read_text(encoding='utf-8')

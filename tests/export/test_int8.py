@@ -62,7 +62,7 @@ def test_the_command_takes_the_kind_or_none(tmp_path, words, names):
     state = {'model': model.state_dict(), 'integrations': {'huggingface': model.get_metadata()}}
     torch.save({'state': state}, tmp_path / 'ck.pt')
     places = {'CK': str(tmp_path / 'ck.pt'), 'OUT': str(tmp_path / 'slim')}
-    assert from_checkpoint.main([places.get(word, word) for word in words]) == 0
+    assert from_checkpoint.main([str(places.get(word, word)) for word in words]) == 0
     assert sorted(path.name for path in (tmp_path / 'slim').glob('*.onnx')) == names
 
 
@@ -80,10 +80,11 @@ def test_a_run_compares_them_on_rows_that_it_evaluated(tmp_path):
     tokenizer = tiny_tokenizer(bos=True, apart=True)
     model = tiny_classifier(tokenizer, head='mlp')
     collate = TripletCollator(tokenizer, LABELS)  # its batches hold reasoning, which is no input
-    held_out = DataLoader(triplets(12), 5, collate_fn=collate)
+    train = DataLoader(triplets(8), 4, collate_fn=collate)  # pyright: ignore[reportArgumentType]
+    held_out = DataLoader(triplets(12), 5, collate_fn=collate)  # pyright: ignore[reportArgumentType]
     trainer = Trainer(
         model=model,
-        train_dataloader=triplet_data_spec(DataLoader(triplets(8), 4, collate_fn=collate)),
+        train_dataloader=triplet_data_spec(train),
         eval_dataloader=Evaluator(
             label='validation', dataloader=triplet_data_spec(held_out), metric_names=['MulticlassAccuracy']
         ),
