@@ -24,6 +24,7 @@ from torchmetrics import Metric
 from dhrd_plugin.calibration import calibrate as fit_calibration
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.export.best import best_path, is_better, keep, read_kept
+from dhrd_plugin.export.int8 import ROWS, Row, rows_of
 from dhrd_plugin.export.mlflow import MlflowTarget, mlflow_logger
 from dhrd_plugin.export.onnx import check_onnx
 from dhrd_plugin.export.place import check_place
@@ -101,9 +102,10 @@ class DropReasoningHead(Callback):
             besides, each in the place of the last unless ``output_dir`` names the time. Default: never.
         remote: where to upload the folder, such as ``s3://bucket/rte/slim``, by Composer's
             ``RemoteUploader``; the same placeholders. Default: nowhere.
-        onnx: add ``model.onnx`` besides, fp32, of dynamic batch and length; needs the extra ``onnx``. Where it
-            cannot be made, or does not answer as the model does, the rest is published before the run ends.
-            Default: ``False``.
+        onnx: ``True`` or ``'fp32'`` adds ``model.onnx``, fp32, of dynamic batch and length, and ``'int8'`` also
+            ``model-int8.onnx``, compared with it on the card by 128 rows that were evaluated; needs the extra
+            ``onnx``. Where it cannot be made, or does not answer as the model does, the rest is published before the
+            run ends. Default: ``False``.
         push_to_hub: a repository of the Hugging Face hub, such as ``org/name``; the token is
             huggingface_hub's (``HF_TOKEN`` or its login). Default: none.
         private: whether that repository is private, where it is created. Default: ``False``.
@@ -132,7 +134,7 @@ class DropReasoningHead(Callback):
         dtype: str | None = None,
         every: str | None = None,
         remote: str | None = None,
-        onnx: bool = False,
+        onnx: bool | str = False,
         push_to_hub: str | None = None,
         private: bool = False,
         mlflow: bool | None = None,
@@ -149,11 +151,9 @@ class DropReasoningHead(Callback):
         for key, value in {'mode': mode, 'dataloader_label': dataloader_label}.items():
             if value and not monitor:
                 raise UserError(f'drop_reasoning_head.{key}: found without monitor; expected the name of a metric')
-        if onnx:
-            check_onnx('drop_reasoning_head.onnx')
         self.output_dir = str(output_dir)
         self.dtype = None if dtype is None else DTYPES[dtype]
-        self.onnx = onnx
+        self.onnx = check_onnx('drop_reasoning_head.onnx', onnx)
         self._measured: dict[str, int] = {}  # the batch of each evaluation set's metrics
         self._due = None
         if every is not None:
@@ -165,6 +165,8 @@ class DropReasoningHead(Callback):
         self._registered_name = mlflow_registered_model_name
         self.monitor, self._mode, self._label = monitor, mode, dataloader_label
         self.calibrate = calibrate
+        self._rows: list[Row] = []  # of an evaluation, this rank's first, to compare fp32 and int8 on
+        self._rows_of = ''  # its evaluation set
         self._best: dict[str, Any] | None = None  # what is kept: metric, value, batch ...
         self._logits: list[HeldOut] = []  # of the evaluation that is running, this rank's
         self._held_out: HeldOut | None = None  # of the last one, all ranks'
@@ -250,7 +252,7 @@ class DropReasoningHead(Callback):
             write_slim(metadata, weights, out, self.dtype, metrics, calibration=calibration, **options)
             try:
                 if self.onnx:
-                    add_onnx(out)
+                    add_onnx(out, self.onnx, self._rows, self._rows_of)
             finally:  # the rest of it is whole
                 for target in every:
                     target.upload(out, lambda name: self._named(name, state))
@@ -313,13 +315,18 @@ class DropReasoningHead(Callback):
         return self._held_out if self.calibrate and self._is_of_now(self.calibrate, state) else None
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        """Forget the logits of the evaluation before."""
-        del state, logger
+        """Forget the logits and rows of the evaluation before."""
+        del logger
         self._logits = []
+        if state.dataloader_label == self._rows_of:
+            self._rows = []
 
     def eval_before_forward(self, state: State, logger: Logger) -> None:
-        """Note the labels; a ``HuggingFaceModel`` takes them out of the batch."""
+        """Note the labels; a ``HuggingFaceModel`` takes them out of the batch. Keep some rows for int8."""
         del logger
+        if self.onnx == 'int8' and len(self._rows) < ROWS and self._rows_of in ('', state.dataloader_label):
+            self._rows_of = str(state.dataloader_label)
+            self._rows = (self._rows + rows_of(state.batch))[:ROWS]
         if self._is_calibrated_by(state):
             self._labels = state.batch['labels'].cpu()
 

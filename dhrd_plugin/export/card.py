@@ -5,8 +5,11 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from dhrd_plugin.export.int8 import Difference
+
 PAPER = 'arXiv:2509.21487'
 DROPPED = f'Trained by Dual-Head Reasoning Distillation ({PAPER}); the reasoning head is dropped.'  # in every card
+_INT8 = '\n## int8\n\n'
 Metrics = Mapping[str, Mapping[str, float]]  # by evaluation set and name
 
 
@@ -87,6 +90,22 @@ def _calibration(found: Mapping[str, Any] | None) -> str:
         f'## Calibration\n\nThe logits are divided by the temperature {found["temperature"]:.4f}, fitted on {rows}. On '
         f'these rows the expected calibration error was {found["ece_before"]:.4f} and is {found["ece_after"]:.4f}.'
     )
+
+
+def with_int8(card: str, found: Difference) -> str:
+    """A card with a section on the int8 ONNX file at its end, in the place of an earlier one.
+
+    Args:
+        card: of :func:`model_card`.
+        found: of :func:`~dhrd_plugin.export.int8.compare`.
+    """
+    text = (
+        f'`model-int8.onnx` beside `model.onnx`, on {found.rows} rows of {found.rows_of}: {found.same:.1%} of the '
+        f'labels are the same, and probabilities are up to {found.apart:.4f} apart.'
+    )
+    if found.accuracy:
+        text += f' Accuracy on them: {found.accuracy[1]:.4f} in int8, {found.accuracy[0]:.4f} in fp32.'
+    return f'{card.partition(_INT8)[0]}{_INT8}{text}\n'
 
 
 def _fingerprints(data: Mapping[str, str] | None) -> str:

@@ -18,6 +18,7 @@ from dhrd_plugin.data.texts import texts_of
 from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError, one_line, user_errors
 from dhrd_plugin.export.classify import predict
+from dhrd_plugin.export.int8 import NAME as INT8
 from dhrd_plugin.export.onnx import NAME, OnnxClassifier
 from dhrd_plugin.models.build import load_slim
 from dhrd_plugin.streams.remote import is_remote
@@ -54,7 +55,8 @@ class Classifier:
     def runs_on(self) -> str:
         """What computes, such as ``onnxruntime, 2 threads``, ``torch, cpu`` or ``torch, NVIDIA H100``."""
         if isinstance(self.model, OnnxClassifier):
-            return f'onnxruntime, {self.model.threads} thread{"s" * (self.model.threads > 1)}'
+            int8 = ', int8' * (self.model.kind == 'int8')
+            return f'onnxruntime, {self.model.threads} thread{"s" * (self.model.threads > 1)}{int8}'
         device = self.model.device
         return f'torch, {torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}'
 
@@ -93,7 +95,8 @@ def open_classifier(place: str | Path, runtime: str | None = None) -> Classifier
         place: a folder with ``config.json``; a ``.onnx`` file in such a folder; a checkpoint, full or
             sharded, here or in an object store; or ``hub:NAME``, a classifier on the Hugging Face hub.
         runtime: ``'torch'``, or ``'onnx'``, ONNX Runtime on the CPU. Default: ``'onnx'`` where there is no GPU and
-            the folder holds ``model.onnx``, and for a ``.onnx`` file; else ``'torch'``.
+            the folder holds ``model.onnx``, or ``model-int8.onnx`` alone, and for a ``.onnx`` file; else
+            ``'torch'``.
 
     Returns:
         The classifier, on this rank's GPU where there is one and torch runs it.
@@ -133,17 +136,17 @@ def _from_hub(place: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with user_errors(f'{place}: cannot be loaded', kind=True):
-        kinds = ['*.json', '*.safetensors', '*.txt', '*.model', '*.jinja', f'{NAME}*']
+        kinds = ['*.json', '*.safetensors', '*.txt', '*.model', '*.jinja', f'{NAME}*', f'{INT8}*']
         return Path(snapshot_download(place.removeprefix('hub:'), allow_patterns=kinds))
 
 
 def _find_onnx(folder: Path, place: str | Path, runtime: str | None) -> Path | None:
-    """The ONNX file of an export, where ONNX Runtime is to run it."""
-    path = folder / NAME
-    if runtime == 'onnx' and not path.is_file():
+    """The ONNX file of an export, where ONNX Runtime is to run it; int8 where it is the only one."""
+    path = next((folder / name for name in (NAME, INT8) if (folder / name).is_file()), None)
+    if runtime == 'onnx' and path is None:
         raise UserError(f'{place}: holds no {NAME}; dhrd export --onnx writes one')
     by_itself = runtime is None and _device().type == 'cpu' and importlib.util.find_spec('onnxruntime') is not None
-    return path if path.is_file() and (runtime == 'onnx' or by_itself) else None
+    return path if runtime == 'onnx' or by_itself else None
 
 
 def _from_folder(folder: Path, place: str | Path, runtime: str | None = None, onnx: Path | None = None) -> Classifier:

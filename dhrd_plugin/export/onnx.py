@@ -18,6 +18,7 @@ from dhrd_plugin.models.slim import SlimClassifier
 from dhrd_plugin.models.versions import pad_token_of
 
 NAME = 'model.onnx'
+KINDS = ('fp32', 'int8')
 OPSET = 17
 
 
@@ -46,14 +47,28 @@ def _causal_mask(attention_mask: Tensor) -> Tensor:
     return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
-def check_onnx(key: str) -> None:
-    """Check that the package that writes ONNX files is installed.
+def check_onnx(key: str, value: bool | str | None) -> str | None:
+    """Check what ONNX file is asked for, and that the packages that write it are installed.
 
     Args:
         key: what asks for the file, for the message.
+        value: one of ``KINDS``; ``True`` is ``'fp32'``, ``False`` and ``None`` are none.
+
+    Returns:
+        One of ``KINDS``, or ``None``.
+
+    Raises:
+        UserError: ``value`` is something else, or a package is missing.
     """
-    if importlib.util.find_spec('onnx') is None:
-        raise UserError(f"{key}: the package onnx is not installed; pip install 'dhrd-plugin[onnx]'")
+    if not value:
+        return None
+    if value is not True and value not in KINDS:
+        raise UserError(f"{key}: found {value!r}; expected true (fp32), 'fp32' or 'int8'")
+    needed = ['onnx', *(['onnxruntime', 'onnx_ir'] if value == 'int8' else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{key}: the package {missing[0]} is not installed; pip install 'dhrd-plugin[onnx]'")
+    return 'fp32' if value is True else value
 
 
 def write_onnx(model: PreTrainedModel, path: str | Path) -> None:
@@ -99,12 +114,17 @@ def check_answers(model: PreTrainedModel, path: str | Path) -> None:
     if importlib.util.find_spec('onnxruntime') is None:
         return
     session = _session(path)
-    vocabulary = len(model.get_input_embeddings().weight)  # pyright: ignore
-    batch = probe_rows(None, vocabulary, pad_token_of(model.config), pad_last=True)
+    batch = made_rows(model)
     for inputs in (batch, {name: value[-1:, :4] for name, value in batch.items()}):
         flaw = difference(_run(session, **inputs), ask(model, inputs), TOLERANCE)
         if flaw is not None:
             raise UserError(f'{type(model).__name__}: {flaw}')
+
+
+def made_rows(model: PreTrainedModel) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, [B, S], of several lengths; one ends in the pad token."""
+    vocabulary = len(model.get_input_embeddings().weight)  # pyright: ignore
+    return probe_rows(None, vocabulary, pad_token_of(model.config), pad_last=True)
 
 
 def _session(path: str | Path) -> Any:
@@ -121,20 +141,22 @@ def _run(session: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 class OnnxClassifier:
-    """A file of :func:`write_onnx`, called like the Hugging Face classifier that it was.
+    """A file of :func:`write_onnx`, also one with int8 weights, called like the Hugging Face classifier that it was.
 
     Args:
-        path: with ``config.json`` beside it.
+        path: the file.
+        folder: with its ``config.json``. Default: that of ``path``.
     """
 
     device = torch.device('cpu')
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, folder: str | Path | None = None):
         if importlib.util.find_spec('onnxruntime') is None:
             raise UserError(f"{path}: onnxruntime is not installed; pip install 'dhrd-plugin[onnx]'")
         self.session = _session(path)
         self.threads = self.session.get_session_options().intra_op_num_threads
-        self.config = load_slim_config(Path(path).parent)
+        self.kind = 'int8' if 'int8' in Path(path).name else 'fp32'
+        self.config = load_slim_config(Path(path).parent if folder is None else folder)
         given, wanted = {item.name for item in self.session.get_inputs()}, {'input_ids', 'attention_mask'}
         (logits, *_) = self.session.get_outputs()
         if given != wanted or logits.shape[1:] != [self.config.num_labels]:

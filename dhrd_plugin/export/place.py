@@ -11,7 +11,9 @@ from dhrd_plugin import models
 from dhrd_plugin.export.card import DROPPED
 from dhrd_plugin.files import check_folder, read_object
 
-_WEIGHTS = re.compile(r'(model|pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|model\.onnx(\.data)?')
+_WEIGHTS = re.compile(
+    r'(model|pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|model(-int8)?\.onnx(\.data)?'
+)
 _TEMPLATES = 'additional_chat_templates'  # a folder, where there are several
 _PLAIN = {
     'README.md',

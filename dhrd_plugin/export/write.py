@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from transformers import (
 )
 
 from dhrd_plugin.errors import UserError, one_line, user_errors
-from dhrd_plugin.export.card import model_card
-from dhrd_plugin.export.onnx import NAME, check_answers, write_onnx
+from dhrd_plugin.export.card import model_card, with_int8
+from dhrd_plugin.export.int8 import NAME as INT8
+from dhrd_plugin.export.int8 import Row, compare, rows_of, write_int8
+from dhrd_plugin.export.onnx import NAME, OnnxClassifier, check_answers, check_onnx, made_rows, write_onnx
 from dhrd_plugin.export.place import check_place, foreign
 from dhrd_plugin.export.probe import Inputs, ask, ends_in_pad, find_difference, probe_rows
 from dhrd_plugin.files import replace_folder, staged
+from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.models import heads, slim
 from dhrd_plugin.models.build import load_slim, merged_state, rebuild, without_weights
 from dhrd_plugin.models.network import DualHeadNetwork
@@ -45,7 +48,7 @@ def write_slim(
     out: str | Path,
     dtype: torch.dtype | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
-    onnx: bool = False,
+    onnx: bool | str | None = None,
     live: nn.Module | None = None,
     best: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
@@ -70,7 +73,8 @@ def write_slim(
         out: the folder; appears whole or not at all, and at the end replaces an earlier export that stood there.
         dtype: of the weights. Default: as they are.
         metrics: for the model card, by evaluation set and name. Default: none are known.
-        onnx: add ``model.onnx`` when the folder is published (:func:`add_onnx`). Default: ``False``.
+        onnx: ``True`` or ``'fp32'`` adds ``model.onnx`` when the folder is published, and ``'int8'`` also
+            ``model-int8.onnx`` (:func:`add_onnx`). Default: none.
         live: the model inside itself, which is asked the same rows. Default: one rebuilt from metadata and state.
         best: of which evaluation the weights are, for card and config: ``metric``, ``dataloader_label``, ``value``,
             ``batch``, ``epoch``. Default: they are the last.
@@ -85,6 +89,7 @@ def write_slim(
             that differs from the model; a tokenizer's file in the metadata that is none; an ONNX file that cannot be
             made.
     """
+    onnx = check_onnx('onnx', onnx)
     check_place(out)
     out = Path(out)
     model = _rebuild(metadata, state)
@@ -112,7 +117,7 @@ def write_slim(
         (folder / 'README.md').write_text(card, encoding='utf-8')
         replace_folder(folder, out, foreign)
     if onnx:
-        add_onnx(out)
+        add_onnx(out, onnx)
     return out
 
 
@@ -266,11 +271,15 @@ def _write_model(config: PretrainedConfig, weights: Mapping[str, Tensor], tokeni
         shutil.copymode(folder / 'config.json', path)  # safetensors lets nobody else read
 
 
-def add_onnx(folder: str | Path) -> None:
-    """Add ``model.onnx`` to a slim export, in fp32, of dynamic batch and length.
+def add_onnx(folder: str | Path, kind: str = 'fp32', rows: Sequence[Row] = (), of: str = '') -> None:
+    """Add ``model.onnx`` to a slim export, in fp32, of dynamic batch and length; and one with int8 weights on request.
 
     Args:
         folder: of :func:`write_slim`; on failure it stays as it is.
+        kind: ``'int8'`` adds ``model-int8.onnx`` besides, and to the card how far it answers as the other does.
+            Default: ``'fp32'``.
+        rows: to compare the two on. Default: a few made ones.
+        of: the evaluation set of ``rows``, for the card.
 
     Raises:
         UserError: the model cannot be written so, or ONNX Runtime does not answer as it does.
@@ -281,12 +290,22 @@ def add_onnx(folder: str | Path) -> None:
             model = load_slim(folder, attn_implementation='eager', **{DTYPE: torch.float32})
             write_onnx(model, scratch / NAME)
             check_answers(model, scratch / NAME)
+            if kind == 'int8':
+                if not rows:
+                    batch = made_rows(model)
+                    unknown = torch.full((len(batch['input_ids']),), IGNORE_INDEX)
+                    rows, of = rows_of({**batch, 'labels': unknown}), 'made-up tokens'
+                write_int8(scratch / NAME, scratch / INT8)
+                files = [OnnxClassifier(scratch / name, folder) for name in (NAME, INT8)]
+                card = (folder / 'README.md').read_text(encoding='utf-8')
+                card = with_int8(card, compare(files[0], files[1], rows, of))
+                (scratch / 'README.md').write_text(card, encoding='utf-8')
         except Exception as error:
             raise UserError(
                 f'onnx: {one_line(error, kind=not isinstance(error, UserError))}; the export in {folder} is whole '
                 f'without {NAME}'
             ) from error
-        for path in sorted(scratch.iterdir(), key=lambda path: path.name == NAME):  # its weights first
+        for path in sorted(scratch.iterdir(), key=lambda path: path.suffix == '.onnx'):  # the weights first
             os.replace(path, folder / path.name)
 
 
