@@ -3,7 +3,8 @@
 import shutil
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,8 @@ def save(saver: CheckpointSaver, event: Event, state: State, logger: Logger) -> 
     last, written = saver.last_checkpoint_batch, saver.symlink_count
     failure = None
     try:
-        saver.run_event(event, state, logger)
+        with _ctrl_c_waits():
+            saver.run_event(event, state, logger)
     except Exception as error:
         failure = error
         if saver.symlink_count == written:
@@ -160,6 +162,22 @@ def save(saver: CheckpointSaver, event: Event, state: State, logger: Logger) -> 
         ) from failure
     if path is not None:
         raise failure or RuntimeError(f'{path}: cannot be saved: {reason}')
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Inside, a Ctrl-C is kept until the end: torch's writer aborts the process where it is interrupted in a write."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *found: kept.append(found))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if kept and callable(before):
+        before(*kept[0])
 
 
 def _savers(state: State) -> list[CheckpointSaver]:

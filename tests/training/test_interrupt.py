@@ -10,6 +10,7 @@ from forks import Popen
 from runs import finish, launch, wait_for, write_run
 
 from dhrd_plugin import cli
+from dhrd_plugin.checkpoints.saver import save
 
 
 @pytest.mark.parametrize('ranks', [1, 2])
@@ -40,3 +41,19 @@ def test_another_exit_is_left_alone():
     with pytest.raises(SystemExit) as raised:
         cli.run(lambda: sys.exit(143))
     assert raised.value.code == 143
+
+
+def test_ctrl_c_waits_until_a_checkpoint_is_written():
+    """Broken off in a write, torch's writer ends the whole process."""
+
+    class Saver:
+        last_checkpoint_batch, symlink_count, written = None, 0, False
+
+        def run_event(self, *_):
+            signal.raise_signal(signal.SIGINT)
+            self.written = True
+
+    saver, before = Saver(), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        save(saver, None, None, None)
+    assert saver.written and signal.getsignal(signal.SIGINT) is before
