@@ -67,6 +67,22 @@ def predict(
     return probabilities
 
 
+def predict_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    batch_size: int | None = None,
+    precision: str = 'fp32',
+    limit: int | None = None,
+) -> Tensor:
+    """:func:`predict` of texts that know where they stand.
+
+    Of one with more than ``limit`` tokens what may be cut is cut (:func:`~dhrd_plugin.data.truncate.fit`).
+    """
+    cut = [fit(tokenizer, text.text, text.cuttable, limit) for text in texts]
+    return predict(model, tokenizer, cut, batch_size, [text.where for text in texts], precision)
+
+
 def predict_on_ranks(
     model: Any,
     tokenizer: Any,
@@ -75,9 +91,7 @@ def predict_on_ranks(
     precision: str = 'fp32',
     limit: int | None = None,
 ) -> Tensor:
-    """:func:`predict` of the same N texts on every rank, which all have to call it; rank i % n classifies text i.
-
-    Of a text with more than ``limit`` tokens what may be cut is cut (:func:`~dhrd_plugin.data.truncate.fit`).
+    """:func:`predict_texts` of the same N texts on every rank, which all have to call it; rank i % n has text i.
 
     Returns:
         [N, K] probabilities, fp32, on every rank.
@@ -86,9 +100,7 @@ def predict_on_ranks(
     mine = texts[ranks.rank() :: step]
     found: Tensor | str
     try:
-        where = [text.where for text in mine]
-        cut = [fit(tokenizer, text.text, text.cuttable, limit) for text in mine]
-        found = predict(model, tokenizer, cut, batch_size, where, precision)
+        found = predict_texts(model, tokenizer, mine, batch_size, precision, limit)
     except UserError as error:  # told by all ranks: none waits for one that has gone
         found = str(error)
     probabilities = torch.zeros(len(texts), model.config.num_labels)

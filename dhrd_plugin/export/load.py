@@ -15,9 +15,8 @@ from transformers import AutoTokenizer
 
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.data.texts import texts_of
-from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError, one_line, user_errors
-from dhrd_plugin.export.classify import predict
+from dhrd_plugin.export.classify import predict_texts
 from dhrd_plugin.export.int8 import NAME as INT8
 from dhrd_plugin.export.onnx import NAME, OnnxClassifier
 from dhrd_plugin.models.build import load_slim
@@ -67,8 +66,7 @@ class Classifier:
             UserError: a text or row cannot be classified; it is named by its number, from 1.
         """
         found = texts_of(texts, self.template)
-        cut = [fit(self.tokenizer, text.text, text.cuttable, self.max_seq_len) for text in found]
-        return predict(self.model, self.tokenizer, cut, batch_size)
+        return predict_texts(self.model, self.tokenizer, found, batch_size, limit=self.max_seq_len)
 
     def predict(self, texts: Any, abstain: float | None = None, batch_size: int | None = None) -> list[str | None]:
         """Find the label of each text; ``None`` where its probability is below ``abstain``. See ``predict_proba``."""

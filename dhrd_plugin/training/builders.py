@@ -110,18 +110,22 @@ def told_summary(stream: TripletStream) -> Any:
         return json.loads(read(str(join(stream.place, stream.split, SUMMARY)), **options) or b'null')
 
 
-def count_labels(streams: Sequence[TripletStream], why: str) -> Counter[str]:
-    """How many rows have which label: by the summaries beside the shards, else by the rows, if they are here.
+def count_labels(streams: Sequence[TripletStream], why: str | None = None) -> Counter[str]:
+    """How many rows have which label: by the summaries beside the shards, else by the rows.
+
+    Args:
+        streams: of one loader.
+        why: the key that wants to know, where the rows are not to be fetched for it. Default: they may be.
 
     Raises:
-        UserError: neither is there; begins with ``why``, the key that wants to know.
+        UserError: with ``why``, with which it begins: there is no summary, and the rows are not here.
     """
     counts: Counter[str] = Counter()
     for stream in streams:
         try:
             counts.update({str(label): int(count) for label, count in told_summary(stream)['labels'].items()})
         except (TypeError, ValueError, LookupError, AttributeError):
-            if stream.remote is not None:
+            if why and stream.remote is not None:
                 raise UserError(
                     f'{why}: {join(stream.place, stream.split)} has no summary of its labels; expected {SUMMARY} '
                     'there, as dhrd prepare writes it'

@@ -14,6 +14,7 @@ from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.streams.rows import StreamRows
 from dhrd_plugin.streams.stream import TripletStream
+from dhrd_plugin.training.builders import build_collator
 from dhrd_plugin.training.config import Config
 
 MOST = 100_000  # rows of a loader that are looked at
@@ -38,23 +39,15 @@ def first_look(
     Raises:
         UserError: an input, of training or of evaluation, is longer than ``max_seq_len`` and cannot be cut.
     """
-    loader = config.train_loader
-    collator = TripletCollator(
-        tokenizer,
-        task.label_names,
-        None,
-        config.model.reasoning_targets,
-        config.markers,
-        layout=loader.layout,
-        rationale_max_tokens=loader.rationale_max_tokens,
-    )
     lines: list[str] = []
     for key, found in streams.items():
-        here = [stream for stream in found if stream.remote is None or key != 'train_loader']
+        training = key == 'train_loader'
+        here = [stream for stream in found if stream.remote is None or not training]
         if here:
-            rows = StreamRows(here)
-            told = _look(rows, key, collator, config.max_seq_len)
-            lines += told if key == 'train_loader' else []
+            collator = build_collator(config, task, tokenizer, reasoning=training)  # evaluation reads no rationale
+            collator.max_seq_len = None
+            told = _look(StreamRows(here), key, collator, config.max_seq_len)
+            lines += told if training else []
     return lines
 
 

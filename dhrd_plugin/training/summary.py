@@ -7,14 +7,13 @@ import shlex
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from composer import Trainer
-from composer.core import Evaluator, Precision
+from composer.core import Precision
 from composer.core.precision import get_precision_context
 from composer.loggers import InMemoryLogger
 from composer.utils import dist, format_name_with_dist
@@ -29,6 +28,7 @@ from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
 from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.models.padding_free import one_kernel
 from dhrd_plugin.streams.stream import TripletStream
+from dhrd_plugin.training.builders import count_labels
 from dhrd_plugin.training.config import Config, used, written
 from dhrd_plugin.training.display import steps_of_fit
 from dhrd_plugin.training.loggers import mlflow_run
@@ -94,7 +94,9 @@ def finish(
     ``streams`` are the rows of each loader, by its key; ``seconds`` those of each stage.
     """
     places = {key: [_place(stream) for stream in found] for key, found in streams.items()}
-    summary = {**summarize(config, trainer, counter), 'data': places, 'seconds': dict(seconds)}
+    frequent = {label: most_frequent(streams[f'eval_loaders.{label}']) for label in used(config.eval_loaders)}
+    summary = summarize(config, trainer, counter)
+    summary |= {'most_frequent': frequent, 'data': places, 'seconds': dict(seconds)}
     path = Path(config.output_dir) / SUMMARY
     write_json(path, summary)
     if (log := log_file(config)) is not None:
@@ -137,7 +139,6 @@ def summarize(config: Config, trainer: Trainer, counter: TokenCounter) -> dict[s
             label: {name: _number(value) for name, value in values.items()}
             for label, values in compute_metrics(state).items()
         },
-        'most_frequent': {evaluator.label: most_frequent(evaluator) for evaluator in state.evaluators},
         'rows': int(state.timestamp.sample),
         'steps': steps,
         **counter.final,
@@ -157,10 +158,9 @@ def summarize(config: Config, trainer: Trainer, counter: TokenCounter) -> dict[s
     return summary
 
 
-def most_frequent(evaluator: Evaluator) -> float:
+def most_frequent(streams: Sequence[TripletStream]) -> float:
     """The share of an evaluation set's most frequent label in its rows that have one; 0 without any."""
-    rows = evaluator.dataloader.dataloader.dataset  # pyright: ignore
-    counts = Counter(row['label'] for row in rows if row['label'])
+    counts = count_labels(streams)
     return max(counts.values(), default=0) / max(1, counts.total())
 
 

@@ -200,18 +200,13 @@ def losses(model, batch, reasoning=True):
 @contextlib.contextmanager
 def row_by_row(yes=True):
     """Inside, ``padding_free`` takes each row's attention by itself also where one kernel could take them all."""
-    before = getattr(unpadded, 'one_kernel', None)
-    if yes and before is not None:
-        unpadded.one_kernel = lambda *_, **__: False
+    before = unpadded.one_kernel
+    if yes:
+        unpadded.one_kernel = lambda *_: False
     try:
         yield
     finally:
-        if before is not None:
-            unpadded.one_kernel = before
-
-
-def has_one_kernel():
-    return on_gpu() and hasattr(unpadded, 'one_kernel')
+        unpadded.one_kernel = before
 
 
 WAYS = ('padded', 'row by row', 'one kernel')

@@ -17,7 +17,6 @@ from gpu.common import (
     collated,
     device,
     emit,
-    has_one_kernel,
     losses,
     median_ms,
     on_gpu,
@@ -53,7 +52,7 @@ def env():
         gpu = {'name': p.name, 'sms': p.multi_processor_count, 'gib': round(p.total_memory / 2**30, 1)}
         gpu |= {'cuda': torch.version.cuda, 'nccl': str(torch.cuda.nccl.version())}
     cores = len(os.sched_getaffinity(0))
-    emit('env', python=sys.version.split()[0], cores=cores, versions=found, gpu=gpu, one_kernel=has_one_kernel())
+    emit('env', python=sys.version.split()[0], cores=cores, versions=found, gpu=gpu, one_kernel=on_gpu())
     size = 256 if TINY else 8192
     a = torch.randn(size, size, device=device(), dtype=torch.bfloat16)
     b = torch.empty(2 ** (20 if TINY else 30), device=device(), dtype=torch.uint8)
@@ -84,7 +83,7 @@ def parity_tiny():
         want, wanted = gradients(tiny.exact(make(kind, False)), batch, CPU, False)
         for way in WAYS:
             for half in (False, True):
-                if way == 'one kernel' and not (has_one_kernel() and half):
+                if way == 'one kernel' and not (on_gpu() and half):
                     continue
                 what = {'kind': kind, 'way': way, 'precision': 'bf16' if half else 'fp32'}
                 with told('parity_tiny', **what), tf32(False), way_of(way) as free:
@@ -103,7 +102,7 @@ def parity_real():
     flat = torch.cat([wanted[name].flatten() for name in wanted])
     ways = [(way, half, False) for half in (False, True) for way in WAYS] + [('padded', False, True)]
     for way, half, coarse in ways:
-        if way == 'one kernel' and not (has_one_kernel() and half):
+        if way == 'one kernel' and not (on_gpu() and half):
             continue
         what = {'way': way, 'precision': 'bf16' if half else 'TF32' if coarse else 'fp32'}
         with told('parity_real', **what), tf32(coarse), way_of(way) as free:

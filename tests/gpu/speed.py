@@ -14,7 +14,6 @@ from gpu.common import (
     collated,
     device,
     emit,
-    has_one_kernel,
     losses,
     median_ms,
     on_gpu,
@@ -81,7 +80,7 @@ def speed():
         size = min(size, 4) if TINY else size
         what = {'model': '135M', 'precision': 'bf16' if on_gpu() else 'fp32', 'trained': 'LoRA' if lora else 'whole'}
         what |= {'way': way, 'rows': size, 'reasoning': reasoning}
-        if way == 'one kernel' and not has_one_kernel():
+        if way == 'one kernel' and not on_gpu():
             continue
         with told('speed', **what), tf32(True), way_of(way) as free:  # as Composer's Trainer allows it
             model = classifier(task, tok, padding_free=free, lora=lora)
@@ -122,7 +121,7 @@ def shapes():
     ]:
         shape = {**LLAMA3, **SHAPES[name], **(small | {'head_dim': 32, 'intermediate_size': 96} if TINY else {})}
         size = 4 if TINY else count
-        way = way if has_one_kernel() or way == 'padded' else 'row by row'
+        way = way if on_gpu() or way == 'padded' else 'row by row'
         adam = name == '1B'
         what = {'model': name, 'precision': 'bf16 weights' if half else 'bf16', 'trained': 'whole', 'way': way}
         what |= {'rows': size, 'reasoning': True, 'optimizer': 'AdamW' if adam else 'SGD'}
