@@ -4,7 +4,7 @@
 
 The first stage runs esnli_lr.yaml and chooses each arm's learning rate, that of the best mean over the seeds on the dev
 rows; the second runs esnli.yaml with these. OUT/NAME holds a comparison's plan and results, which ``dhrd compare
---report`` reads. Unlike there, exports are evaluated on the GPU (in TF32) and no picture of them is drawn. Each stage
+--report`` reads. Unlike there, exports are evaluated in TF32, and no picture of them is drawn. Each stage
 ends when its seconds are over; cells come one seed of all arms after another. Overrides are those of ``dhrd compare``,
 for both comparisons; ``tasks.*`` stands for each task.
 """
@@ -162,14 +162,6 @@ def work(todo: Any, done: Any, scratch: Path, port: int) -> None:
     os.fsync = lambda _: None  # an export is read once and removed: it need not reach the disk
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    open_classifier = evaluate.open_classifier
-
-    def open_on_gpu(place: Any, runtime: Any = None) -> Any:
-        found = open_classifier(place, runtime)
-        found.model.to('cuda' if torch.cuda.is_available() else 'cpu')
-        return found
-
-    evaluate.open_classifier = open_on_gpu
     evaluate.draw = lambda *_: None
     while True:
         name, path, overrides, key = todo.get()
