@@ -39,15 +39,19 @@ def calibrate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
     Args:
         logits: [N, K].
-        labels: [N] class indices.
+        labels: [N] class indices; of several labels [N, K] zeros and ones, each class of each row a row of its own.
 
     Returns:
         ``temperature``, ``rows`` N, and the expected calibration error ``ece_before`` and ``ece_after``, on these rows.
     """
+    rows = len(labels)
+    if labels.ndim > 1:  # sigmoid(z) is the softmax of 0 and z
+        flat = logits.flatten()
+        logits, labels = torch.stack([torch.zeros_like(flat), flat], -1), labels.flatten().long()
     temperature = fit_temperature(logits, labels)
     return {
         'temperature': temperature,
-        'rows': len(labels),
+        'rows': rows,
         'ece_before': calibration_error(logits.softmax(-1), labels),
         'ece_after': calibration_error((logits / temperature).softmax(-1), labels),
     }

@@ -9,22 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassConfusionMatrix, MultilabelConfusionMatrix
 from transformers.utils import logging
 
 from dhrd_plugin import files, ranks
 from dhrd_plugin.calibration import BINS, at_temperature, calibration_error, coverage, reliability
 from dhrd_plugin.cli import Parser, run
 from dhrd_plugin.data.inspect import read_shards
-from dhrd_plugin.data.tasks import Task, load_task, named_labels
+from dhrd_plugin.data.tasks import MULTI_LABEL_METRICS, Task, load_task, named_labels
 from dhrd_plugin.data.texts import Text
-from dhrd_plugin.data.triplet import Triplet
+from dhrd_plugin.data.triplet import Triplet, counted_as
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError, tell, user_errors
 from dhrd_plugin.export.classify import predict_on_ranks
-from dhrd_plugin.export.load import Classifier, open_classifier, runtime_for
+from dhrd_plugin.export.load import Classifier, named, open_classifier, runtime_for
 from dhrd_plugin.metrics import build_metrics
 from dhrd_plugin.predict import add_speed
+from dhrd_plugin.problem_type import MULTI_LABEL, SINGLE_LABEL, answers, each_by_itself
 from dhrd_plugin.streams.index import INDEX
 from dhrd_plugin.streams.remote import is_remote
 
@@ -79,6 +80,7 @@ def report_on(
     if not template.labels:  # a template that leaves them to the training rows
         template = replace(template, labels=named_labels(load_task(classifier.task or spec)).labels)
     label_order(classifier.label_names, template.label_names)
+    _check_kind(classifier, template, model)
     rows = [row for place in data for row in _checked(read_data(place, template, split), template, place)]
     if not rows:
         raise UserError(f'{", ".join(map(str, data))}: found no rows')
@@ -95,11 +97,11 @@ def report_on(
 
 def _checked(rows: list[Triplet], task: Task, place: str | Path) -> list[Triplet]:
     """The rows that the metrics count: not those that have only probabilities. Shards may hold any label, or none."""
-    rows = [row for row in rows if row['label'] or row['probabilities'] is None]
+    rows = [row for row in rows if row['label'] != '' or row['probabilities'] is None]
     for row in rows:
-        if row['label'] not in task.answers:
-            names = ', '.join(task.label_names)
-            raise UserError(f'{place}, row {row["id"]}: label: found {row["label"]!r}; expected one of {names}')
+        if isinstance(row['label'], list) != task.multi_label or not task.answers.keys() >= set(counted_as(row)):
+            wanted = f'{"a list" if task.multi_label else "one"} of {", ".join(task.label_names)}'
+            raise UserError(f'{place}, row {row["id"]}: label: found {row["label"]!r}; expected {wanted}')
         if 'em' in task.metrics and not row['group']:
             raise UserError(f'{place}, row {row["id"]}: group: missing; exact match (em) counts rows by their group')
     return rows
@@ -120,6 +122,15 @@ def predict_rows(
     texts = [Text(f'row {row["id"]}', row['id'], row['input_text'], row.get('cuttable')) for row in rows]
     limit = classifier.max_seq_len
     return predict_on_ranks(classifier.model, classifier.tokenizer, texts, batch_size, precision, limit)[:, order]
+
+
+def _check_kind(classifier: Classifier, task: Task, model: str | Path) -> None:
+    """Refuse rows of one label where the classifier gives several, and the other way round."""
+    if classifier.multi_label != task.multi_label:
+        found, wanted = (
+            MULTI_LABEL if several else SINGLE_LABEL for several in (task.multi_label, classifier.multi_label)
+        )
+        raise UserError(f'task {task.name}: problem_type: found {found}; expected {wanted}, that of {model}')
 
 
 def label_order(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
@@ -148,14 +159,19 @@ def evaluate(
     Returns:
         ``rows``, their number; ``label_names``; ``task_metrics``, the names of the task's own metrics (PAPER,
         Table 4); ``metrics``, these, accuracy and macro-F1; ``classes``, precision, recall and support of each;
-        ``confusion`` [K, K], rows are the true classes; ``calibration``, the expected calibration error and,
+        ``confusion`` [K, K], rows are the true classes, of several labels [K, 2, 2], each class's no and yes;
+        ``calibration``, the expected calibration error and,
         for each of 15 bins of the confidence that has rows, its mean, the accuracy, and the number of rows; of a
         calibrated classifier also ``before``, its ``temperature`` and the error without it; ``coverage``, of
         :func:`~dhrd_plugin.calibration.coverage`.
     """
     names = list(task.label_names)
-    labels = torch.tensor([names.index(row['label']) for row in rows])
-    confusion = MulticlassConfusionMatrix(len(names), **HERE)(probabilities, labels)
+    labels = torch.tensor([_target(row, names) for row in rows])
+    metrics = _metrics(probabilities, labels, rows, task)
+    kind = MultilabelConfusionMatrix if task.multi_label else MulticlassConfusionMatrix
+    confusion = kind(len(names), **HERE)(probabilities, labels)
+    if task.multi_label:  # a class's yes or no is what can be trusted, or not
+        probabilities, labels = each_by_itself(probabilities, labels)
     calibration = {'ece': calibration_error(probabilities, labels), 'bins': reliability(probabilities, labels)}
     if temperature is not None:
         before = calibration_error(at_temperature(probabilities, 1 / temperature), labels)
@@ -164,7 +180,7 @@ def evaluate(
         'rows': len(rows),
         'label_names': names,
         'task_metrics': list(task.metrics),
-        'metrics': _metrics(probabilities, labels, rows, task),
+        'metrics': metrics,
         'classes': _by_class(confusion, names),
         'confusion': confusion.tolist(),
         'calibration': calibration,
@@ -172,19 +188,30 @@ def evaluate(
     }
 
 
+def _target(row: Triplet, names: Sequence[str]) -> int | list[int]:
+    """The index of a row's class; of several labels a zero or one for each."""
+    label = row['label']
+    return names.index(label) if isinstance(label, str) else [int(name in label) for name in names]
+
+
 def _metrics(probabilities: Tensor, labels: Tensor, rows: Sequence[Triplet], task: Task) -> dict[str, float]:
-    names = list(dict.fromkeys([*task.metrics, 'accuracy', 'macro_f1']))
+    names = list(
+        dict.fromkeys([*task.metrics, *(MULTI_LABEL_METRICS if task.multi_label else ('accuracy', 'macro_f1'))])
+    )
     index_of = {group: index for index, group in enumerate(dict.fromkeys(row['group'] for row in rows))}
     groups = torch.tensor([index_of[row['group']] for row in rows])
     found = {}
-    for name, metric in zip(names, build_metrics(names, len(task.label_names), **HERE)):
+    for name, metric in zip(names, build_metrics(names, len(task.label_names), task.multi_label, **HERE)):
         metric.update(probabilities, labels, *((groups,) if name == 'em' else ()))
         found[name] = float(metric.compute())
     return found
 
 
 def _by_class(confusion: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    right, predicted, support = confusion.diag(), confusion.sum(0), confusion.sum(1)
+    if confusion.ndim == 3:  # of several labels, each with its own
+        right, predicted, support = confusion[:, 1, 1], confusion[:, :, 1].sum(1), confusion[:, 1].sum(1)
+    else:
+        right, predicted, support = confusion.diag(), confusion.sum(0), confusion.sum(1)
     columns = (right / predicted.clamp(min=1)).tolist(), (right / support.clamp(min=1)).tolist(), support.tolist()
     return {name: dict(zip(('precision', 'recall', 'support'), row)) for name, *row in zip(names, *columns)}
 
@@ -196,16 +223,20 @@ def describe(report: Mapping[str, Any]) -> str:
     lines = [f'{name:<{width}}  {value:.4f}' for name, value in report['metrics'].items()]
     lines += [f'{"calibration error":<{width}}  {report["calibration"]["ece"]:.4f}{_before(report)}']
     lines += [_confident(report), '']
-    few = len(names) <= FEW
+    several, few = _has_several(report), len(names) <= FEW
     heading = ', '.join(map(_short, names)) if few else 'the three most frequent'
-    lines += [f'{"class":<{width}}  precision  recall  rows  predicted as: {heading}']
+    lines += [f'{"class":<{width}}  precision  recall  rows{"" if several else f"  predicted as: {heading}"}']
     for name, counts in zip(names, report['confusion']):
         row = report['classes'][name]
-        lines.append(
-            f'{_short(name):<{width}}  {row["precision"]:9.4f}  {row["recall"]:6.4f}  {row["support"]:4d}  '
-            f'{"  ".join(map(str, counts)) if few else _most_frequent(names, counts)}'
-        )
+        line = f'{_short(name):<{width}}  {row["precision"]:9.4f}  {row["recall"]:6.4f}  {row["support"]:4d}'
+        guesses = '' if several else '  '.join(map(str, counts)) if few else _most_frequent(names, counts)
+        lines.append(f'{line}  {guesses}'.rstrip())
     return '\n'.join(lines)
+
+
+def _has_several(report: Mapping[str, Any]) -> bool:
+    """Whether a report is of rows of several labels."""
+    return isinstance(report['confusion'][0][0], list)
 
 
 def _before(report: Mapping[str, Any]) -> str:
@@ -217,7 +248,8 @@ def _confident(report: Mapping[str, Any]) -> str:
     """The error of the answers that are sure, and of how many."""
     row = next(row for row in report['coverage'] if row['confidence'] == CONFIDENT)
     error = 'none' if row['error'] is None else f'{row["error"]:.2%}'
-    return f'error at confidence of {CONFIDENT:.0%} and more: {error} of {row["rows"]} rows ({row["share"]:.1%} of all)'
+    of = 'decisions, each of a row on a class' if _has_several(report) else 'rows'
+    return f'error at confidence of {CONFIDENT:.0%} and more: {error} of {row["rows"]} {of} ({row["share"]:.1%} of all)'
 
 
 def _short(name: str) -> str:
@@ -232,13 +264,13 @@ def _most_frequent(names: Sequence[str], counts: Sequence[int], most: int = 3) -
 def predictions(probabilities: Tensor, rows: Sequence[Triplet], task: Task) -> Iterator[dict[str, Any]]:
     """Yield ``id``, ``group``, ``label``, ``prediction`` and ``probabilities`` (by label) of each row, in its order."""
     names = list(task.label_names)
-    for row, values in zip(rows, probabilities.tolist()):
-        best = max(range(len(names)), key=values.__getitem__)
+    found = named(answers(probabilities, task.multi_label), names)
+    for row, prediction, values in zip(rows, found, probabilities.tolist()):
         yield {
             'id': row['id'],
             'group': row['group'] or None,
             'label': row['label'],
-            'prediction': names[best],
+            'prediction': prediction,
             'probabilities': dict(zip(names, values)),
         }
 
@@ -247,7 +279,8 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
     """Draw ``confusion.png`` and ``reliability.png`` into a folder; needs the extra ``report``."""
     from matplotlib.figure import Figure
 
-    _draw_confusion(report, folder / 'confusion.png')
+    drawing = _draw_decisions if _has_several(report) else _draw_confusion
+    drawing(report, folder / 'confusion.png')
 
     bins = report['calibration']['bins']
     figure = Figure(figsize=(9, 5), layout='constrained')
@@ -295,6 +328,26 @@ def _draw_confusion(report: Mapping[str, Any], path: Path) -> None:
         for axis, rotation in ((axes.xaxis, 90), (axes.yaxis, 0)):
             axis.set_ticks(range(0, count, step), names[::step], rotation=rotation, fontsize=8 if count < 90 else 6)
     figure.savefig(path, dpi=150 if few else 100, bbox_inches='tight')
+
+
+def _draw_decisions(report: Mapping[str, Any], path: Path) -> None:
+    """Draw of each class how often it was found, missed, and seen where it was not; of many classes the first."""
+    from matplotlib.figure import Figure
+
+    names = [_short(name) for name in report['classes']][:MOST_TICKS]
+    counts = torch.tensor(report['confusion'])[: len(names)]
+    figure = Figure(figsize=(9, min(1.5 + 0.35 * len(names), 30)), layout='constrained')
+    axes = figure.subplots()
+    left = torch.zeros(len(names), dtype=torch.long)
+    parts = {'found': counts[:, 1, 1], 'missed': counts[:, 1, 0], 'seen where it was not': counts[:, 0, 1]}
+    for name, values in parts.items():
+        bars = axes.barh(names, values.tolist(), left=left.tolist(), label=name)
+        axes.bar_label(bars, [str(value) if value else '' for value in values.tolist()], label_type='center')
+        left = left + values
+    axes.invert_yaxis()
+    axes.set(xlabel='rows')
+    figure.legend(loc='outside lower center', ncols=len(parts))
+    figure.savefig(path, dpi=150 if len(names) <= FEW else 100)
 
 
 def _check_report_extra() -> None:

@@ -290,6 +290,25 @@ def soft_cross_entropy(
     return (1 - share) * hard + share * soft
 
 
+def binary_cross_entropy(
+    logits: Tensor, labels: Tensor, pos_weight: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy of each class for itself, a mean over the classes: rows of any number of classes (ours).
+
+    Args:
+        logits: [B, K].
+        labels: [B, K] zeros and ones.
+        pos_weight: [K], that of the rows that have the class, as of ``torch.nn.BCEWithLogitsLoss``. Default: 1.
+        label_smoothing: from 0 to 1; so far towards one half. Default: 0.
+
+    Returns:
+        [B] losses in nats.
+    """
+    targets = labels.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+    losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight, reduction='none')
+    return losses.mean(-1)
+
+
 def combine_losses(classification: Tensor, reasoning: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """Eq. 4: ``beta * classification + alpha * reasoning``.
 

@@ -1,4 +1,4 @@
-"""The paper's metrics (arXiv:2509.21487, Table 4), by the names that a task's template gives them."""
+"""The paper's metrics (arXiv:2509.21487, Table 4), and those of several labels, by the names of a task's template."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import (
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MultilabelExactMatch,
+    MultilabelF1Score,
+)
 from torchmetrics.utilities import dim_zero_cat
 
 
@@ -57,22 +63,46 @@ class ExactMatch(Metric):
         return torch.tensor((count - wrong) / count if count else torch.nan, device=self.device)
 
 
-def build_metrics(names: Iterable[str], num_labels: int, **options: Any) -> list[Metric]:
-    """Metrics over logits [B, K] and class indices [B].
+class MultilabelMicroF1(MultilabelF1Score):
+    """F1 of all decisions, each row's on each class, together. A name of its own: metrics are logged by their class."""
+
+    def __init__(self, num_labels: int, **options: Any):
+        super().__init__(num_labels, average='micro', **options)
+
+
+class MultilabelMacroF1(MultilabelF1Score):
+    """The mean over the classes of their F1."""
+
+    def __init__(self, num_labels: int, **options: Any):
+        super().__init__(num_labels, average='macro', **options)
+
+
+def build_metrics(names: Iterable[str], num_labels: int, multi_label: bool = False, **options: Any) -> list[Metric]:
+    """Metrics over logits [B, K] and class indices [B]; multi-label over probabilities [B, K] and zeros and ones.
 
     Args:
         names: of ``accuracy``, ``macro_f1``, ``f1a`` (MultiRC, two classes) and ``em`` (MultiRC, which
             needs each row's group besides).
         num_labels: K.
+        multi_label: names are of ``micro_f1``, ``macro_f1`` and ``exact_match``. Default: ``False``.
         **options: of every :class:`torchmetrics.Metric`, such as ``sync_on_compute``.
 
     Returns:
         One metric for each name, in their order.
     """
-    makers = {
-        'accuracy': lambda: MulticlassAccuracy(num_classes=num_labels, average='micro', **options),
-        'macro_f1': lambda: MulticlassF1Score(num_classes=num_labels, average='macro', **options),
-        'f1a': lambda: AnswerF1(**options),
-        'em': lambda: ExactMatch(**options),
+    makers: dict[str, Any] = {
+        'micro_f1': lambda: MultilabelMicroF1(num_labels, **options),
+        'macro_f1': lambda: MultilabelMacroF1(num_labels, **options),
+        'exact_match': lambda: MultilabelExactMatch(num_labels, **options),
     }
+    makers = (
+        makers
+        if multi_label
+        else {
+            'accuracy': lambda: MulticlassAccuracy(num_classes=num_labels, average='micro', **options),
+            'macro_f1': lambda: MulticlassF1Score(num_classes=num_labels, average='macro', **options),
+            'f1a': lambda: AnswerF1(**options),
+            'em': lambda: ExactMatch(**options),
+        }
+    )
     return [makers[name]() for name in names]

@@ -49,7 +49,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--abstain',
         type=number(float, 0, 1),
         metavar='P',
-        help='no label where the largest probability is below P; default: always one',
+        help='no label where the largest probability (of several labels any yes or no) is below P; default: always',
     )
     add_speed(parser)
     return parser.parse_args(argv)
@@ -72,7 +72,7 @@ def _predict(args: argparse.Namespace) -> None:
     texts = _read(args, classifier.template)  # which rank 0 alone goes through: stdin is one
     size = WINDOW * ranks.world_size()
     count = 0
-    with _writing(args.output, classifier.label_names) as write:
+    with _writing(args.output, classifier) as write:
         while window := ranks.from_rank_zero(lambda: list(itertools.islice(texts, size))):
             if not count and ranks.rank() == 0:
                 tell(f'runs on: {classifier.runs_on}')
@@ -145,7 +145,7 @@ def _is_ours(path: Path) -> bool:
 
 
 @contextmanager
-def _writing(path: Path | None, names: Sequence[str]) -> Iterator[Write]:
+def _writing(path: Path | None, classifier: Classifier) -> Iterator[Write]:
     """What writes rows: to stdout at once, or into a file that is there at the end, whole. Rank 0 alone writes."""
     if ranks.rank() != 0:
         yield lambda rows: None
@@ -156,17 +156,18 @@ def _writing(path: Path | None, names: Sequence[str]) -> Iterator[Write]:
             if path.suffix == '.jsonl':
                 yield lambda rows: file.writelines(line.encode() for line in map(_line, rows)) or None
             else:
-                with _parquet(file, names) as write:
+                with _parquet(file, classifier.label_names, classifier.multi_label) as write:
                     yield write
 
 
 @contextmanager
-def _parquet(file: Any, names: Sequence[str]) -> Iterator[Write]:
+def _parquet(file: Any, names: Sequence[str], several: bool) -> Iterator[Write]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
     probabilities = pa.struct([(name, pa.float64()) for name in names])
-    schema = pa.schema([('id', pa.string()), ('label', pa.string()), ('probabilities', probabilities)])
+    label = pa.list_(pa.string()) if several else pa.string()
+    schema = pa.schema([('id', pa.string()), ('label', label), ('probabilities', probabilities)])
     with ParquetWriter(file, schema) as writer:
         yield lambda rows: writer.write_table(pa.Table.from_pylist(rows, schema))
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dhrd_plugin.cli import Parser, number, run
 from dhrd_plugin.data.collator import Encoded
 from dhrd_plugin.data.tasks import load_task
+from dhrd_plugin.data.triplet import classes_of
 from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.streams.dataset import draw_rationale
 from dhrd_plugin.streams.rows import StreamRows
@@ -49,7 +50,7 @@ def show(config: Config, count: int, console: Console) -> None:
         (row,) = collator.encode([triplet])
         supervised = sum(label != IGNORE_INDEX for label in row.labels)
         console.print(
-            f'\nrow {triplet["id"]}: label {triplet["label"]}; {len(row.input_ids)} tokens, '
+            f'\nrow {triplet["id"]}: label {", ".join(classes_of(triplet)) or "(none)"}; {len(row.input_ids)} tokens, '
             f'{row.input_length} of them input, number {row.input_length - 1} pooled, '
             f'{supervised} supervised, {row.cut} cut from the rationale',
             style='dim',

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 
-def load_elsewhere(root: Path, texts: list[str], labels: torch.Tensor) -> dict:
+def load_elsewhere(root: Path, texts: list[str], labels: torch.Tensor | dict[str, torch.Tensor]) -> dict:
     """Load every ``root/NAME/slim`` there.
 
     Args:
         root: holds the exports.
         texts: N texts to classify.
-        labels: [N] class indices, for the loss.
+        labels: [N] class indices, for the loss; or those of each NAME.
 
     Returns:
         By name, what ``load_slim.py`` found.

@@ -28,6 +28,7 @@ for folder in sorted(path.parent for path in root.glob('*/slim/config.json')):
         folder, trust_remote_code=trust, output_loading_info=True
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    labels = inputs['labels'][folder.parent.name] if isinstance(inputs['labels'], dict) else inputs['labels']
     batch = tokenizer(inputs['texts'], padding=True, return_tensors='pt')
     left = tokenizer(inputs['texts'], padding=True, padding_side='left', return_tensors='pt')
     classify = pipeline('text-classification', model=str(folder), trust_remote_code=trust, device='cpu')
@@ -38,7 +39,7 @@ for folder in sorted(path.parent for path in root.glob('*/slim/config.json')):
             'info': {key: list(value) for key, value in info.items()},
             'logits': model(**batch).logits,
             'left': model(**left).logits,
-            'loss': model(**batch, labels=inputs['labels']).loss,
+            'loss': model(**batch, labels=labels).loss,
             'pipeline': classify(inputs['texts'], top_k=None, batch_size=3),
             'id2label': model.config.id2label,
             'label2id': model.config.label2id,

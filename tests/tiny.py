@@ -108,9 +108,10 @@ def tiny_network(kind='llama', head='mlp', pooling='last', tied=False, lora=Fals
     return network
 
 
-def tiny_classifier(tokenizer=None, **options):
+def tiny_classifier(tokenizer=None, multi_label=False, **options):
     """The ComposerModel around :func:`tiny_network`."""
-    return ComposerDualHeadClassifier(tiny_network(**options), tokenizer or tiny_tokenizer(), LABELS)
+    tokenizer = tokenizer or tiny_tokenizer()
+    return ComposerDualHeadClassifier(tiny_network(**options), tokenizer, LABELS, multi_label=multi_label)
 
 
 def triplet(index=0, words=4, reason=3, label=None):
@@ -133,6 +134,11 @@ def triplet(index=0, words=4, reason=3, label=None):
 def triplets(count=8):
     """Rows of unequal length, every third without a rationale."""
     return [triplet(i, 2 + i % 5, None if i % 3 == 2 else 1 + 2 * (i % 4)) for i in range(count)]
+
+
+def of_several(rows):
+    """The rows with none, one or two labels each."""
+    return [{**row, 'label': [row['label'], *LABELS][1 : 1 + i % 3]} for i, row in enumerate(rows)]
 
 
 def relative_error(found, expected):

@@ -33,11 +33,12 @@ from dhrd_plugin.export.write import DTYPES, add_onnx, network_state, write_slim
 from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.models.build import is_sequence_classifier
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier, describe
+from dhrd_plugin.problem_type import is_known
 from dhrd_plugin.ranks import gather, on_rank_zero
 from dhrd_plugin.streams.remote import check_address
 from dhrd_plugin.times import parse_time
 
-HeldOut = tuple[Tensor, Tensor]  # logits [N, K] and labels [N]
+HeldOut = tuple[Tensor, Tensor]  # logits [N, K] and labels [N], of several labels [N, K]
 log = logging.getLogger(__name__)
 
 
@@ -373,7 +374,7 @@ def _held_out(parts: Sequence[HeldOut], sampler: Any) -> HeldOut | None:
     if not found:
         return None
     logits, labels = (torch.cat(part) for part in zip(*found))
-    known = labels != IGNORE_INDEX
+    known = is_known(labels, IGNORE_INDEX)
     return (logits[known], labels[known]) if known.any() else None
 
 

@@ -25,7 +25,7 @@ _NOT_THE_MODELS = {
     'use_cache',
 }
 _NOT_THE_TOKENIZERS = ('tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
-_SETTINGS = ('label_names', 'head', 'norm', 'pooling', 'lora', 'markers')
+_SETTINGS = ('label_names', 'multi_label', 'head', 'norm', 'pooling', 'lora', 'markers')
 
 
 def check_configuration(checkpoint: str, key: str, model: Any, optimizer: str, weights_only: bool = False) -> None:

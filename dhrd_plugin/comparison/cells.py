@@ -30,6 +30,7 @@ from dhrd_plugin.comparison.plan import (
     write_plan,
 )
 from dhrd_plugin.comparison.results import RESULTS, CellKey, read_lines
+from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.evaluate import report_on
 from dhrd_plugin.files import write_bytes
@@ -64,6 +65,8 @@ def compare(path: str | Path, overrides: Sequence[str] = (), jobs: int = 1) -> P
     cells = build_cells(comparison, path)
     for cell in cells:
         check_limits(cell.config)
+        if load_task(cell.config.task).multi_label:
+            raise UserError(f'{path}: tasks.{cell.task}: found several labels to a row; expected one, right or wrong')
     results = Path(comparison.output_dir) / RESULTS
     done = _done(results, cells)
     missing = [(f'cell {i} of {len(cells)}: {cell}', cell) for i, cell in enumerate(cells, 1) if cell.key not in done]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from dhrd_plugin.data.triplet import BadRow, check_probabilities, check_text, check_weight, spell
+from dhrd_plugin.data.triplet import BadRow, check_label, check_probabilities, check_text, check_weight, spell
 from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import IGNORE_INDEX
@@ -81,9 +81,11 @@ class TripletCollator:
         layout: ``'reason_first'``, ``[x, <REASON>, r, <ANS>, y]`` (the paper), or ``'label_first'``,
             ``[x, <ANS>, y, <REASON>, r]`` (ours). Default: ``'reason_first'``.
         rationale_max_tokens: longest rationale, in tokens, without markers. Default: no limit.
+        multi_label: a row's ``label`` is a list of class names, any number of them (ours). Default: ``False``.
 
     Returns (of a call):
-        ``input_ids``, ``attention_mask`` [B, S]; ``pool_index``, ``labels`` [B]; ``spans``, B tuples that say on the
+        ``input_ids``, ``attention_mask`` [B, S]; ``pool_index``, ``labels`` [B], of a multi-label task [B, K] zeros and
+        ones, fp32; ``spans``, B tuples that say on the
         host where a row begins, its input and it end, and how many tokens are supervised; and only where a
         row of the batch asks for it ``reasoning_labels`` [B, S], -100 where unsupervised, and
         ``rationale_cut`` [B], tokens cut (where the empty rationale does not fit, those of marker and
@@ -110,6 +112,7 @@ class TripletCollator:
         weights: str | None = None,
         layout: str = 'reason_first',
         rationale_max_tokens: int | None = None,
+        multi_label: bool = False,
     ):
         if reasoning_targets not in REASONING_TARGETS:
             raise UserError(f'reasoning_targets: found {reasoning_targets!r}; expected one of {REASONING_TARGETS}')
@@ -132,12 +135,13 @@ class TripletCollator:
         self.weights = weights
         self.layout = layout
         self.rationale_max_tokens = rationale_max_tokens
+        self.multi_label = multi_label
 
     def __call__(self, triplets: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate a list of triplets; see the class."""
         batch = self.lay_out(self.encode(triplets))
-        batch['labels'] = torch.tensor([self._class(triplet) for triplet in triplets])
-        told = [self._probabilities(triplet) for triplet in triplets]
+        batch['labels'] = torch.tensor([self.target(triplet) for triplet in triplets])
+        told = [] if self.multi_label else [self._probabilities(triplet) for triplet in triplets]
         if any(told):
             names = list(self.class_index)
             batch['label_probabilities'] = torch.tensor(
@@ -175,8 +179,7 @@ class TripletCollator:
             checked(check_text, triplet.get('input_text'), 'input_text', triplet.get('id', index), empty=True)
             if rationale is not None:
                 checked(check_text, rationale, 'rationale', triplet.get('id', index), empty=True)
-                answer = triplet.get('answer') or triplet.get('label')
-                checked(check_text, answer, 'answer', triplet.get('id', index))
+                checked(check_text, _answer(triplet), 'answer', triplet.get('id', index))
         texts = [fit(self.tokenizer, t['input_text'], t.get('cuttable'), self.max_seq_len) for t in triplets]
         inputs: Any = self.tokenizer(texts, verbose=False)['input_ids']
         reasons = self._tokenize_rationales(rationales)
@@ -204,7 +207,7 @@ class TripletCollator:
         if reason is None:
             return Encoded(input_ids, len(input_ids), [])
         because = self._tokenize([self._spaced(self.markers.reason)])[0] if reason else []
-        answer = spoken(triplet.get('answer') or triplet['label'])
+        answer = spoken(_answer(triplet))
         marker, label = self._tokenize([self._spaced(self.markers.answer), answer])
         room = limit - len(input_ids) - len(marker) - len(label)  # for the rationale and its marker
         fits = room >= (len(because) + 1 if reason else 0)
@@ -222,8 +225,15 @@ class TripletCollator:
     def _spaced(self, marker: str) -> str:
         return marker if self.markers.as_tokens or not marker else f' {marker}'
 
-    def _class(self, triplet: dict[str, Any]) -> int:
+    def target(self, triplet: dict[str, Any]) -> int | list[float]:
+        """The index of a row's class, -100 where it has probabilities alone; of a multi-label task K zeros and ones.
+
+        Raises:
+            UserError: a label outside the set, or of the other kind.
+        """
         label = triplet.get('label')
+        if self.multi_label:
+            return self._classes(label, triplet.get('id', '?'))
         if triplet.get('probabilities') and (label is None or (isinstance(label, str) and not label)):
             return IGNORE_INDEX
         if not isinstance(label, str) or label not in self.class_index:
@@ -233,12 +243,24 @@ class TripletCollator:
             )
         return self.class_index[label]
 
+    def _classes(self, label: object, row: object) -> list[float]:
+        if not isinstance(label, list):
+            raise UserError(f'row {row}: label: found {spell(label)}; expected a list of {list(self.class_index)}')
+        named = checked(check_label, label, 'label', row, names=self.class_index)
+        return [float(name in named) for name in self.class_index]
+
     def _probabilities(self, triplet: dict[str, Any]) -> dict[str, float] | None:
         value, row = triplet.get('probabilities'), triplet.get('id', '?')
         return checked(check_probabilities, value, 'probabilities', row, names=list(self.class_index))
 
     def _pad(self, rows: list[list[int]], value: Any) -> Tensor:
         return pad_sequence([torch.tensor(row) for row in rows], True, value, self.padding_side)
+
+
+def _answer(triplet: dict[str, Any]) -> Any:
+    """The words after ``<ANS>``: the answer, else the class's name; several classes are named by their answer alone."""
+    label = triplet.get('label')
+    return triplet.get('answer') or (label if isinstance(label, str) else None)
 
 
 def _span(start: int, row: Encoded) -> Span:

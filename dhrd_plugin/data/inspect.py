@@ -18,9 +18,11 @@ from dhrd_plugin.data.triplet import (
     Triplet,
     check_cuttable,
     check_id,
+    check_label,
     check_probabilities,
     check_text,
     check_weight,
+    counted_as,
 )
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.files import check_file, replacing, write_bytes
@@ -75,7 +77,7 @@ def inspect_set(place: str | Path, rows: int = 10, tokenizer: str | None = None)
         contents.bytes += stored['bytes']
         contents.hashes |= set(stored['hashes'])
         contents.rows += len(triplets)
-        contents.labels.update(row['label'] for row in triplets)
+        contents.labels.update(name for row in triplets for name in counted_as(row))
         contents.without_rationale += sum(row['rationale'] is None for row in triplets)
         contents.with_probabilities += sum(row['probabilities'] is not None for row in triplets)
         contents.several += sum(isinstance(row['rationale'], list) for row in triplets)
@@ -122,7 +124,7 @@ def _read_shard(place: str | Path, entry: dict[str, Any], here: Path) -> list[Tr
 def _triplet(row: dict[str, Any], where: str) -> Triplet:
     """A row of a shard, checked, as anybody may have written it; it may lack the columns that have a default."""
     full = {
-        'answer': row['label'],
+        'answer': row['label'] if isinstance(row['label'], str) else '',
         'cuttable': None,
         'probabilities': None,
         'rationale': None,
@@ -130,7 +132,8 @@ def _triplet(row: dict[str, Any], where: str) -> Triplet:
         'group': '',
     } | row
     with catching_bad(raise_bad, where):
-        for name in ('input_text', 'label', 'answer', 'group'):
+        check_label(full['label'], empty=True)
+        for name in ('input_text', 'answer', 'group'):
             check_text(full[name], name, empty=True)
         rationale = full['rationale']
         for text in rationale if isinstance(rationale, list) else [] if rationale is None else [rationale]:

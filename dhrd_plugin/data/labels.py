@@ -17,7 +17,7 @@ from dhrd_plugin.data.rows import (
     read_rows,
     source_file,
 )
-from dhrd_plugin.data.tasks import Label, Task, as_whole, build_labels, look_up
+from dhrd_plugin.data.tasks import Label, Task, as_whole, build_labels
 from dhrd_plugin.data.triplet import BadRow, spell
 from dhrd_plugin.errors import UserError, nearest
 
@@ -115,16 +115,17 @@ def _is_number(value: object) -> bool:
 
 
 def _values(rows: Iterable[Row], task: Task, typed: bool, on_bad: OnBad) -> Iterator[tuple[Any, Row]]:
-    """The label of each row, None where it has none; a row that cannot have one goes to ``on_bad``."""
+    """Each label of each row, None of a row without; a row that cannot have one goes to ``on_bad``."""
     for row in rows:
         with catching_bad(on_bad, row.where, row.fields):
             for scope in task.scopes(row.fields):
-                value = as_whole(look_up(scope, task.label), typed)
-                if value is None or value != value:  # NaN is pandas' missing
-                    yield None, row
-                    continue
-                if not isinstance(value, str | int | float):
-                    raise BadRow(task.label, f'found {spell(value)}; expected a text, a whole number or true/false')
-                if isinstance(value, str) and not value.strip():
-                    raise BadRow(task.label, 'is empty')
-                yield value, row
+                for value in task.values(scope, typed) or [None]:
+                    yield value if value is None else _checked(as_whole(value, typed), task), row
+
+
+def _checked(value: object, task: Task) -> object:
+    if not isinstance(value, str | int | float):
+        raise BadRow(task.label, f'found {spell(value)}; expected a text, a whole number or true/false')
+    if isinstance(value, str) and not value.strip():
+        raise BadRow(task.label, 'is empty')
+    return value

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from dhrd_plugin.data.leaks import restated
-from dhrd_plugin.data.triplet import Triplet
+from dhrd_plugin.data.triplet import Triplet, words_of
 
 BATCH = 512  # triplets that are tokenised at a time
 MAX_IDS = 100  # of rows whose rationale states the label, in a summary
@@ -157,7 +157,7 @@ def _longer(lengths: Counter[int], limit: int) -> int:
 
 
 def _leaks(row: Triplet) -> bool:
-    return any(restated(text, (row['label'], row['answer'])) for text in _texts(row))
+    return any(restated(text, words_of(row)) for text in _texts(row))
 
 
 def _texts(row: Triplet) -> list[str]:

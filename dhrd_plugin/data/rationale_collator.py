@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from dhrd_plugin.data.collator import Markers, TripletCollator, checked
-from dhrd_plugin.data.triplet import check_text, check_weight, spell
+from dhrd_plugin.data.triplet import BETWEEN, NO_CLASS, check_text, check_weight, spell
 from dhrd_plugin.errors import UserError, one_line
 
 LABELS = ('labels', 'label')  # of the rows, never of the tokens
@@ -26,7 +26,8 @@ class RationaleCollator(TripletCollator):
     Args:
         tokenizer: with a pad token.
         label_names: the K class names, in the order of the labels, or a mapping of every label to its
-            name: the answers. Default: none, each row with a rationale has an ``answer_key``.
+            name: the answers; where the batch's ``labels`` are zeros and ones [B, K], those of the ones. Default: none,
+            each row with a rationale has an ``answer_key``.
         collate_fn: the pipeline's own: rows to ``input_ids``, ``attention_mask`` [B, S] and what else it
             wants. Default: transformers' ``DataCollatorWithPadding``, for tokenised rows.
         max_seq_len: longest sequence, in tokens; cuts the rationale. Default: the tokenizer's
@@ -132,6 +133,9 @@ class RationaleCollator(TripletCollator):
         where, answer = row.get('id', index), row.get(self.answer_key)
         if not _is_missing(answer):
             return checked(check_text, answer, self.answer_key, where)
+        several = _several(batch.get('labels'), index, len(self.label_names))
+        if several is not None:
+            return BETWEEN.join(name for name, has in zip(self.label_names, several) if has) or NO_CLASS
         label = _label(batch['labels'], index, where) if 'labels' in batch else -1
         if label in self.class_index:
             return str(label)
@@ -168,6 +172,14 @@ def _is_per_token(value: object, real: Tensor) -> bool:
     return value[~real].unique().numel() <= 1
 
 
+def _several(labels: Any, index: int, count: int) -> list[float] | None:
+    """A row's zeros and ones in a batch of several labels, ``labels`` [B, K]; None where it is of another kind."""
+    if not isinstance(labels, Tensor) or labels.shape[1:] != (count,) or not count:
+        return None
+    row = labels[index].tolist()
+    return row if set(row) <= {0, 1} else None
+
+
 def _label(labels: Any, index: int, where: object) -> int | str:
     """The class of a row in the batch: its index, or its name."""
     try:
@@ -179,8 +191,8 @@ def _label(labels: Any, index: int, where: object) -> int | str:
         return int(label)
     if not isinstance(label, int | str):
         raise UserError(
-            f'row {where}: labels: found {spell(label)}; expected the index of one class: several labels, and '
-            'numbers to predict, have no name'
+            f'row {where}: labels: found {spell(label)}; expected the index of one class, or a zero or '
+            'one for each: numbers to predict have no name'
         )
     return label
 

@@ -26,14 +26,18 @@ from dhrd_plugin.data.triplet import (
     BadRow,
     Triplet,
     check_cuttable,
+    check_label,
     check_probabilities,
     check_rationale,
     check_target,
     check_text,
     check_weight,
+    counted_as,
+    spell,
 )
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError, nearest, user_errors
+from dhrd_plugin.problem_type import MULTI_LABEL
 from dhrd_plugin.ranks import end_with_parent
 from dhrd_plugin.streams.index import INDEX, SUMMARY
 from dhrd_plugin.streams.publish import check_free, is_whole, publish, staged
@@ -118,6 +122,7 @@ def write_set(
     _check_options(options)
     labels = Counter(dict.fromkeys(task.label_names, 0) if task else {})
     checked = (check_triplet(row, task, labelled) for row in triplets)
+    options['columns'] = {**COLUMNS, 'label': 'json'} if task and task.multi_label else COLUMNS
     jobs = ((folder, number, chunk, options, survey) for number, chunk in enumerate(_chunks(checked, size_limit)))
     written = list(_write_shards(jobs, workers))
     if not written:
@@ -129,9 +134,9 @@ def write_set(
         'format': FORMAT,
         'task': task.to_dict() if task else None,
         'label_names': list(task.label_names) if task else sorted(labels),
-        'rows': labels.total(),
+        'rows': sum(found['rows'] for found in kinds),
         'labels': dict(labels),
-        **{kind: sum(found[kind] for found in kinds) for kind in kinds[0]},
+        **{kind: sum(found[kind] for found in kinds) for kind in kinds[0] if kind != 'rows'},
         'shard_count': len(shards),
         'shards': [],  # Streaming's merge_index takes every .json of a tree for an index: this one adds nothing
         'bytes': sum((shard['zip_data'] or shard['raw_data'])['bytes'] for shard in shards),
@@ -206,17 +211,14 @@ def check_triplet(row: Mapping[str, Any], task: Task | None = None, labelled: bo
             key = min(row.keys() - COLUMNS.keys(), key=str)
             raise BadRow(str(key), f'is not a field of a triplet; {nearest(key, COLUMNS)}')
         probabilities = check_probabilities(get('probabilities'), 'probabilities', task and task.label_names)
-        label, rationale = get('label'), get('rationale')
-        unlabelled = not labelled or probabilities is not None
-        label = '' if label is None and probabilities else check_text(label, 'label', unlabelled)
-        if task and label and label not in task.answers:
-            raise BadRow('label', f'found {label!r}; expected one of {", ".join(task.label_names)}')
-        answer = row['answer'] if 'answer' in row else task.answers.get(label, '') if task else label
+        rationale = get('rationale')
+        label = _check_label(get('label'), task, not labelled, probabilities is not None)
+        answer = row['answer'] if 'answer' in row else task.answer_of(label) if task else label
         triplet: Triplet = {
             'id': check_text(get('id'), 'id'),
             'input_text': check_text(get('input_text'), 'input_text'),
             'label': label,
-            'answer': check_text(answer, 'answer', not label),
+            'answer': check_text(answer, 'answer', label == ''),
             'rationale': rationale if rationale == '' else check_rationale(rationale, 'rationale'),
             'weight': check_weight(get('weight'), 'weight'),
             'group': check_text(get('group', ''), 'group', True),
@@ -226,6 +228,19 @@ def check_triplet(row: Mapping[str, Any], task: Task | None = None, labelled: bo
         return check_target(triplet, 'label', 'rationale') if labelled else triplet
     except BadRow as error:
         raise error.at(f'triplet {row.get("id", "without id")!r}', dict(row)) from None
+
+
+def _check_label(label: object, task: Task | None, unlabelled: bool, soft: bool) -> str | list[str]:
+    """The label of a triplet, '' where it may lack one; ``soft``: it has probabilities."""
+    if label is None and soft:
+        return ''
+    several = task is not None and task.multi_label
+    if label not in ('', None) and isinstance(label, list) != several:
+        wanted = 'a list of classes' if several else 'a text (a list is for a task of several labels)'
+        raise BadRow('label', f'found {spell(label)}; expected {wanted}')
+    if several and soft:
+        raise BadRow('probabilities', f'found in a {MULTI_LABEL} task; expected none')
+    return check_label(label, 'label', task and task.answers, unlabelled or soft)
 
 
 def _chunks(triplets: Iterable[Triplet], limit: int) -> Iterator[list[Triplet]]:
@@ -282,7 +297,7 @@ def _write_shard(
     from streaming import MDSWriter
 
     part = folder / f'part.{number:05}'
-    writer = MDSWriter(columns=COLUMNS, out=str(part), size_limit=None, **options)
+    writer = MDSWriter(out=str(part), size_limit=None, **options)
     writer.encode_sample = encode_triplet  # pyright: ignore[reportAttributeAccessIssue]
     writer.shards = [{}] * number  # by their number it names the next
     for triplet in triplets:
@@ -292,11 +307,12 @@ def _write_shard(
     (file,) = part.iterdir()
     file.rename(folder / file.name)
     part.rmdir()
-    labels = Counter(triplet['label'] for triplet in triplets)
+    labels = Counter(name for triplet in triplets for name in counted_as(triplet))
     kinds = {
+        'rows': len(triplets),
         'without_rationale': sum(triplet['rationale'] is None for triplet in triplets),
         'with_probabilities': sum(triplet['probabilities'] is not None for triplet in triplets),
-        'without_target': sum(not triplet['label'] and triplet['probabilities'] is None for triplet in triplets),
+        'without_target': sum(triplet['label'] == '' and triplet['probabilities'] is None for triplet in triplets),
     }
     return writer.shards[-1], labels, kinds, survey(triplets) if survey else None
 
@@ -306,13 +322,14 @@ def encode_triplet(triplet: Triplet) -> bytes:
 
     First the sizes of what varies, then the columns in the order of their names.
     """
+    label = triplet['label']
     texts = [
         triplet['answer'].encode(),
         json.dumps(triplet['cuttable']).encode(),
         triplet['group'].encode(),
         triplet['id'].encode(),
         triplet['input_text'].encode(),
-        triplet['label'].encode(),
+        (label if isinstance(label, str) else json.dumps(label)).encode(),
         json.dumps(triplet['probabilities']).encode(),
         json.dumps(triplet['rationale']).encode(),
     ]

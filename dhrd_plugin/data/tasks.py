@@ -4,6 +4,7 @@ A task is data, not code: a small YAML template. The seven SuperGLUE tasks of th
 ``templates/``; README.md tells how to write one of your own.
 """
 
+import json
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,8 @@ from typing import Any, get_origin, get_type_hints
 import yaml
 
 from dhrd_plugin.data.triplet import (
+    BETWEEN,
+    NO_CLASS,
     BadRow,
     Triplet,
     check_id,
@@ -27,9 +30,11 @@ from dhrd_plugin.data.triplet import (
     spell,
 )
 from dhrd_plugin.errors import UserError, nearest, user_errors
+from dhrd_plugin.problem_type import MULTI_LABEL, PROBLEM_TYPES, SINGLE_LABEL
 
 TEMPLATES = Path(__file__).parent / 'templates'
 METRICS = ('accuracy', 'macro_f1', 'f1a', 'em')
+MULTI_LABEL_METRICS = ('micro_f1', 'macro_f1', 'exact_match')
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class Task:
         labels: the classes, in the order of the classifier's outputs. Default: none; they are found in the training
             rows, see :mod:`dhrd_plugin.data.labels`.
         label: the field of the label. Default: ``label``.
+        problem_type: ``single_label_classification``, or ``multi_label_classification``, where ``label`` holds a list
+            of the row's classes, which may be empty; in a CSV file as JSON. Default: the former.
+        label_separator: what stands between the classes where ``label`` holds them as one text. Default: '', a list.
         id: the field of the row's id, or a format string over several; where it is empty, the
             row's number in its file is its id, and behind it the item's where rows explode. Default: ''.
         group: field or format string; rows of one group count as one for exact match. Default: ''.
@@ -81,7 +89,8 @@ class Task:
         explode: ``'name in field'`` clauses, read like Python's ``for``: a row becomes one triplet for
             each item, which the other keys call by its name. Default: none.
         metrics: of ``METRICS``: accuracy, macro_f1, f1a (F1 of the second of two labels) and em (exact
-            match by group). Default: accuracy.
+            match by group); multi-label of ``MULTI_LABEL_METRICS``: micro_f1, macro_f1 and exact_match (of a
+            row's classes). Default: accuracy, or micro_f1 and macro_f1.
         hub: ``path`` and ``config`` of the task on the Hugging Face hub, and the keys above
             that differ there. Default: none.
     """
@@ -90,6 +99,8 @@ class Task:
     name: str = 'own'
     labels: tuple[Label, ...] = ()
     label: str = 'label'
+    problem_type: str = SINGLE_LABEL
+    label_separator: str = ''
     id: str = ''
     group: str = ''
     rationale: str = 'rationale'
@@ -111,6 +122,17 @@ class Task:
     def answers(self) -> dict[str, str]:
         """The answer text of each class name."""
         return {label.name: label.answer for label in self.labels}
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a row has any number of classes."""
+        return self.problem_type == MULTI_LABEL
+
+    def answer_of(self, label: str | list[str]) -> str:
+        """The answer text of a triplet's label; '' without one."""
+        if isinstance(label, str):
+            return self.answers.get(label, '')
+        return BETWEEN.join(self.answers[name] for name in label) or NO_CLASS
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
@@ -181,8 +203,8 @@ class Task:
             triplet: Triplet = {
                 'id': identify(scope, self.id) if self.id else f'{number}-{item}' if self.explode else str(number),
                 'input_text': text,
-                'label': label.name if label else '',
-                'answer': label.answer if label else '',
+                'label': label,
+                'answer': self.answer_of(label),
                 'rationale': check_rationale(look_up(scope, self.rationale), self.rationale),
                 'weight': check_weight(look_up(scope, self.weight), self.weight, typed),
                 'group': identify(scope, self.group) if self.group else '',
@@ -233,12 +255,40 @@ class Task:
 
     def _probabilities(self, scope: Mapping[str, Any], typed: bool) -> dict[str, float] | None:
         value = look_up(scope, self.probabilities)
+        if self.multi_label and value is not None:
+            raise BadRow(self.probabilities, f'found {spell(value)} in a {MULTI_LABEL} task; expected none')
         return check_probabilities(value, self.probabilities, self.label_names, typed)
 
-    def _label(self, scope: Mapping[str, Any], typed: bool) -> Label | None:
+    def values(self, scope: Mapping[str, Any], typed: bool = True) -> list[Any] | None:
+        """What a row's label field holds: one value, of a multi-label task any number; None where it is missing."""
         value = look_up(scope, self.label)
-        if value is None:
+        if value is None or value != value:  # NaN is pandas' missing
             return None
+        if not self.multi_label:
+            return [value]
+        if isinstance(value, str) and self.label_separator:
+            return [part.strip() for part in value.split(self.label_separator) if part.strip()]
+        if isinstance(value, str) and not typed:
+            with suppress(ValueError, RecursionError):
+                value = json.loads(value)
+        if not isinstance(value, list):
+            told = '' if self.label_separator else ', or label_separator in the template'
+            raise BadRow(self.label, f'found {spell(value)}; expected a list of labels ([] for none of them){told}')
+        return value
+
+    def _label(self, scope: Mapping[str, Any], typed: bool) -> str | list[str]:
+        """The label of a triplet."""
+        values = self.values(scope, typed)
+        if values is None:
+            return ''
+        names = [self._class(value, typed).name for value in values]
+        if not self.multi_label:
+            return names[0]
+        if len(set(names)) < len(names):
+            raise BadRow(self.label, f'found {spell(values)}; expected each label once')
+        return sorted(names, key=self.label_names.index)
+
+    def _class(self, value: object, typed: bool) -> Label:
         for label in named_labels(self).labels:
             if label.matches(value, typed):
                 return label
@@ -391,6 +441,8 @@ def _from_mapping(data: Mapping[str, Any], where: str) -> Task:
     if 'labels' in hub:
         hub = {**hub, 'labels': build_labels(hub['labels'], f'{where}: hub')}
     labels = build_labels(data['labels'], where) if data.get('labels') else ()
+    if data.get('problem_type') == MULTI_LABEL:
+        data = {'metrics': MULTI_LABEL_METRICS[:2], **data}
     task = Task(**{**_tuples(data), 'labels': labels, 'hub': _tuples(hub)})
     _check_task(task, where)
     _check_task(task.for_hub(), f'{where}: hub')
@@ -430,6 +482,23 @@ def build_labels(items: Iterable[Any], where: str) -> tuple[Label, ...]:
     return tuple(labels)
 
 
+def _check_problem(task: Task, where: str) -> None:
+    """Check the kind of labels."""
+    if task.problem_type not in PROBLEM_TYPES:
+        raise UserError(
+            f'{where}: problem_type: found {task.problem_type!r}; expected one of {", ".join(PROBLEM_TYPES)} (numbers '
+            'cannot be predicted)'
+        )
+    if task.label_separator and not task.multi_label:
+        raise UserError(f'{where}: label_separator: found without problem_type: {MULTI_LABEL}; expected both')
+    for label in task.labels if task.multi_label else ():
+        if label.answer.strip().casefold() == NO_CLASS or BETWEEN in label.answer:
+            raise UserError(
+                f'{where}: labels: answer: found {label.answer!r}; expected no comma in it, and not '
+                f'{NO_CLASS!r}, which stands for a row without any'
+            )
+
+
 def _check_task(task: Task, where: str) -> None:
     """Check how fields are written, and that ``words`` and ``may_be_empty`` name fields of the prompt."""
     for key in ('prompt', 'id', 'group', 'label', 'rationale', 'weight', 'probabilities'):
@@ -437,6 +506,7 @@ def _check_task(task: Task, where: str) -> None:
         is_format = key == 'prompt' or (key in ('id', 'group') and ('{' in text or not text))
         with user_errors(f'{where}: {key}', ValueError):
             _parse(text if is_format else f'{{{text}}}')
+    _check_problem(task, where)
     for key in ('explode', 'may_be_empty', 'metrics'):
         for item in getattr(task, key):
             if not isinstance(item, str):
@@ -464,9 +534,10 @@ def _check_task(task: Task, where: str) -> None:
     for name, words in task.words.items():
         if not (isinstance(words, Mapping) and all(isinstance(word, str) for pair in words.items() for word in pair)):
             raise UserError(f'{where}: words: {name}: found {spell(words)}; expected a mapping of texts to texts')
+    known = MULTI_LABEL_METRICS if task.multi_label else METRICS
     for metric in task.metrics:
-        if metric not in METRICS:
-            raise UserError(f'{where}: metrics: unknown metric {metric!r}; {nearest(metric, METRICS)}')
+        if metric not in known:
+            raise UserError(f'{where}: metrics: unknown metric {metric!r}; {nearest(metric, known)}')
     if 'em' in task.metrics and not task.group:
         raise UserError(f'{where}: metrics: em, exact match by group, needs the key group')
     if prompt_fields.count(task.truncate) > 1:

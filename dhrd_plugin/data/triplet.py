@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from dhrd_plugin.errors import UserError
 
@@ -18,7 +18,7 @@ class Triplet(TypedDict):
 
     id: str  # unique in its set
     input_text: str  # what the classifier reads
-    label: str  # the class name; '' in an unlabelled row
+    label: str | list[str]  # the class name, '' in an unlabelled row; of a multi-label task all of a row's, in order
     probabilities: dict[str, float] | None  # a teacher's, of every class by its name; None by default
     answer: str  # the words that stand for the label after <ANS>; '' in an unlabelled row
     rationale: str | list[str] | None  # None (no reasoning loss for this row), a text, or several to draw from
@@ -27,11 +27,13 @@ class Triplet(TypedDict):
     group: str  # rows of one group count as one for exact match (MultiRC's questions); '' by default
 
 
-# How Streaming stores each field.
+# How Streaming stores each field; the label of a multi-label task as json.
 COLUMNS = {
     **dict.fromkeys(Triplet.__annotations__, 'str'),
     **{'cuttable': 'json', 'probabilities': 'json', 'rationale': 'json', 'weight': 'float64'},
 }
+NO_CLASS = 'none'  # the answer of a row that has none of a multi-label task's classes
+BETWEEN = ', '  # the answers of a row that has several
 ROUNDING = 0.01  # by which probabilities may miss a sum of 1: thirds of two decimals
 
 
@@ -138,9 +140,47 @@ def check_cuttable(value: object, text: str) -> list[int] | None:
     return value  # pyright: ignore[reportReturnType]
 
 
+def classes_of(triplet: Mapping[str, Any]) -> list[str]:
+    """The names of a row's classes: one, none of an unlabelled row, any number of a multi-label task."""
+    label = triplet['label']
+    return [label] if label and isinstance(label, str) else list(label)
+
+
+def counted_as(triplet: Mapping[str, Any]) -> list[str]:
+    """The names that a row is counted under: those of its classes, '' for an unlabelled row."""
+    return classes_of(triplet) or ([''] if triplet['label'] == '' else [])
+
+
+def words_of(triplet: Mapping[str, Any]) -> list[str]:
+    """The answers and names of a row's classes, which its rationale should not state."""
+    answer = triplet['answer']
+    return [*([answer] if isinstance(triplet['label'], str) else answer.split(BETWEEN)), *classes_of(triplet)]
+
+
+def check_label(
+    value: object, field: str = 'label', names: Collection[str] | None = None, empty: bool = False
+) -> str | list[str]:
+    """Check the label of a triplet and return it: a class's name, or a list of them.
+
+    Args:
+        value: what the triplet holds.
+        field: its name, for the error.
+        names: the classes. Default: any.
+        empty: whether it may be '', that of an unlabelled row. Default: False.
+    """
+    several = isinstance(value, list)
+    found = [check_text(name, field, empty and not several) for name in (value if several else [value])]
+    for name in found:
+        if name and names is not None and name not in names:
+            raise BadRow(field, f'found {name!r}; expected one of {", ".join(names)}')
+    if len(set(found)) < len(found):
+        raise BadRow(field, f'found {spell(value)}; expected each class once')
+    return found if several else found[0]
+
+
 def check_target(triplet: Triplet, label: str, rationale: str) -> Triplet:
     """Refuse a row that trains nothing, or whose reasoning has no answer to end in; the names are its fields'."""
-    if not triplet['label'] and triplet['probabilities'] is None:
+    if triplet['label'] == '' and triplet['probabilities'] is None:
         raise BadRow(label, 'is missing')
     if not triplet['answer'] and triplet['rationale'] is not None:
         raise BadRow(rationale, 'found without a label, in whose answer the reasoning would end; expected none')

@@ -59,7 +59,8 @@ def _usage(remote_code: bool) -> str:
 def _labels(settings: Mapping[str, Any]) -> str:
     names = settings.get('label_names')
     prompt = (settings.get('task') or {}).get('prompt')
-    text = '' if not names else f'Labels: {", ".join(f"`{name}`" for name in names)}.'
+    several = ', any number of them to a text' * bool(settings.get('multi_label'))
+    text = '' if not names else f'Labels{several}: {", ".join(f"`{name}`" for name in names)}.'
     return text if not prompt else f'{text}\n\nInput text:\n\n```\n{prompt}\n```'
 
 

@@ -12,6 +12,7 @@ from dhrd_plugin import ranks
 from dhrd_plugin.data.texts import Text
 from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError, user_errors
+from dhrd_plugin.problem_type import is_multi_label, to_probabilities
 
 # The fixed cost of a small LM's forward pass on a CPU, in tokens. A GPU waits for its launches instead.
 CPU_PADDING = 64
@@ -39,7 +40,7 @@ def predict(
             ``'fp32'``.
 
     Returns:
-        [N, K] probabilities, fp32.
+        [N, K] probabilities, fp32; of a multi-label classifier each class has its own.
 
     Raises:
         UserError: a text of no token, or of more than the model has positions for, before any is classified; a model
@@ -58,7 +59,7 @@ def predict(
             with torch.autocast(device, torch.bfloat16, enabled=precision == 'amp_bf16'):
                 logits = model(**inputs).logits
         order += rows
-        found.append(logits.float().softmax(-1))  # a GPU is waited for once, at the end
+        found.append(to_probabilities(logits, is_multi_label(model.config)))  # a GPU is waited for once, at the end
     probabilities = torch.zeros(len(texts), model.config.num_labels)
     if found:
         probabilities[order] = torch.cat(found).cpu()

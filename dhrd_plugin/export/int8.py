@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.export.onnx import OnnxClassifier
 from dhrd_plugin.losses import IGNORE_INDEX
+from dhrd_plugin.problem_type import answers, is_known, is_multi_label, to_probabilities
 
 NAME = 'model-int8.onnx'
 ROWS = 128  # that the two are compared on
@@ -21,7 +22,7 @@ _BATCH = 16
 _BLOCK = 128  # weights to a scale
 _INT8_INPUTS = 4  # onnxruntime's accuracy_level
 _LARGEST = 2**31  # bytes of one file, by protobuf
-Row = tuple[Tensor, int]  # token ids [S], and the class or IGNORE_INDEX
+Row = tuple[Tensor, Tensor]  # token ids [S], and the class or IGNORE_INDEX; of a multi-label task K zeros and ones
 
 
 @dataclass
@@ -80,7 +81,7 @@ def rows_of(batch: Mapping[str, Any]) -> list[Row]:
     if 'pool_index' in batch:
         mask = mask & (torch.arange(mask.shape[1], device=mask.device) <= batch['pool_index'][:, None])
     return [
-        (ids[seen].cpu(), int(label))
+        (ids[seen].cpu(), torch.as_tensor(label).cpu())
         for ids, seen, label in zip(batch['input_ids'], mask, batch['labels'], strict=True)
     ]
 
@@ -100,16 +101,24 @@ def compare(fp32: OnnxClassifier, int8: OnnxClassifier, rows: Sequence[Row], row
     first, second = (_ask(model, [ids for ids, _ in rows]) for model in (fp32, int8))
     if not second.isfinite().all():
         raise UserError('int8: found probabilities that are not finite')
-    labels = torch.tensor([label for _, label in rows])
-    known, answers = labels != IGNORE_INDEX, (first.argmax(-1), second.argmax(-1))
-    right = [float((answer == labels)[known].float().mean()) for answer in answers]
+    labels = torch.stack([label for _, label in rows])
+    known, found = (
+        is_known(labels, IGNORE_INDEX),
+        [answers(part, is_multi_label(fp32.config)) for part in (first, second)],
+    )
+    right = [float(_alike(answer, labels)[known].float().mean()) for answer in found]
     return Difference(
         len(rows),
         rows_of,
-        float((answers[0] == answers[1]).float().mean()),
+        float(_alike(*found).float().mean()),
         float((first - second).abs().max()),
         (right[0], right[1]) if known.any() else None,
     )
+
+
+def _alike(one: Tensor, other: Tensor) -> Tensor:
+    """[N] whether two answers to a row are the same."""
+    return (one == other).reshape(len(one), -1).all(-1)
 
 
 def _ask(model: OnnxClassifier, rows: Sequence[Tensor]) -> Tensor:
@@ -118,4 +127,4 @@ def _ask(model: OnnxClassifier, rows: Sequence[Tensor]) -> Tensor:
     masks = [pad_sequence([torch.ones_like(ids) for ids in part], True) for part in parts]
     pad = model.config.pad_token_id or 0
     logits = [model(pad_sequence(list(part), True, pad), mask).logits for part, mask in zip(parts, masks, strict=True)]
-    return torch.cat(logits).softmax(-1)  # pyright: ignore
+    return to_probabilities(torch.cat(logits), is_multi_label(model.config))  # pyright: ignore

@@ -20,6 +20,7 @@ from dhrd_plugin.export.classify import predict_texts
 from dhrd_plugin.export.int8 import NAME as INT8
 from dhrd_plugin.export.onnx import NAME, OnnxClassifier
 from dhrd_plugin.models.build import load_slim
+from dhrd_plugin.problem_type import answers, confidence, is_multi_label
 from dhrd_plugin.streams.remote import is_remote
 
 RUNTIMES = ('torch', 'onnx')
@@ -51,6 +52,11 @@ class Classifier:
         return None if self.task is None else load_task(self.task)
 
     @property
+    def multi_label(self) -> bool:
+        """Whether a text has any number of labels."""
+        return is_multi_label(self.model.config)
+
+    @property
     def runs_on(self) -> str:
         """What computes, such as ``onnxruntime, 2 threads``, ``torch, cpu`` or ``torch, NVIDIA H100``."""
         if isinstance(self.model, OnnxClassifier):
@@ -68,15 +74,25 @@ class Classifier:
         found = texts_of(texts, self.template)
         return predict_texts(self.model, self.tokenizer, found, batch_size, limit=self.max_seq_len)
 
-    def predict(self, texts: Any, abstain: float | None = None, batch_size: int | None = None) -> list[str | None]:
-        """Find the label of each text; ``None`` where its probability is below ``abstain``. See ``predict_proba``."""
+    def predict(self, texts: Any, abstain: float | None = None, batch_size: int | None = None) -> list[Any]:
+        """Find the answer to each text, as :meth:`labels_of` has it. See ``predict_proba``."""
         return self.labels_of(self.predict_proba(texts, batch_size), abstain)
 
-    def labels_of(self, probabilities: Tensor, abstain: float | None = None) -> list[str | None]:
-        """The most probable label of each row of [N, K]; ``None`` where it is less probable than ``abstain``."""
-        rows = probabilities.tolist()
-        best = [max(range(len(row)), key=row.__getitem__) for row in rows]
-        return [self.label_names[i] if row[i] >= (abstain or 0) else None for row, i in zip(rows, best, strict=True)]
+    def labels_of(self, probabilities: Tensor, abstain: float | None = None) -> list[Any]:
+        """The most probable label of each row of [N, K]; of a multi-label classifier the list of those above one half.
+
+        ``None`` where that label, or any yes or no of the list, is less probable than ``abstain``.
+        """
+        sure = (confidence(probabilities.double(), self.multi_label) >= (abstain or 0)).tolist()
+        found = named(answers(probabilities, self.multi_label), self.label_names)
+        return [label if known else None for label, known in zip(found, sure, strict=True)]
+
+
+def named(found: Tensor, names: Sequence[str]) -> list[Any]:
+    """Answers by name: of [N] class indices each a name, of [N, K] each a list of them."""
+    if found.ndim == 1:
+        return [names[index] for index in found.tolist()]
+    return [[name for name, has in zip(names, row, strict=True) if has] for row in found.tolist()]
 
 
 def runtime_for(runtime: str | None, precision: str) -> str | None:

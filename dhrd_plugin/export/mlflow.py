@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dhrd_plugin.errors import user_errors
 from dhrd_plugin.export import pyfunc
 from dhrd_plugin.models.build import load_slim_config
+from dhrd_plugin.problem_type import is_multi_label
 
 if TYPE_CHECKING:
     from composer.loggers import Logger, MLFlowLogger
@@ -43,7 +44,8 @@ class MlflowTarget:
         from mlflow.models import Model
 
         packages = ('mlflow', 'torch', 'transformers', 'safetensors')
-        labels = list(load_slim_config(folder).id2label.values())  # pyright: ignore
+        config = load_slim_config(folder)
+        labels = list(config.id2label.values())  # pyright: ignore
         with user_errors('drop_reasoning_head.mlflow: cannot be logged', kind=True):  # MLflow's, and its stores'
             model = Model.log(
                 MODEL,
@@ -51,21 +53,21 @@ class MlflowTarget:
                 run_id=self.logger._run_id,
                 python_model=pyfunc.__file__,
                 artifacts={pyfunc.ARTIFACT: str(folder)},
-                signature=signature(labels),
+                signature=signature(labels, is_multi_label(config)),
                 pip_requirements=[f'{package}=={importlib.metadata.version(package)}' for package in packages],
             )
             if self.registered_name is not None:
                 self.logger.register_model_with_run_id(model.model_uri, self.registered_name)
 
 
-def signature(labels: Sequence[str]) -> Any:
-    """MLflow's ``ModelSignature`` of a slim classifier: from a text to a label, and a probability of each label."""
+def signature(labels: Sequence[str], multi_label: bool = False) -> Any:
+    """MLflow's ``ModelSignature`` of a slim classifier: from a text to its label, or labels, and each probability."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
-    from mlflow.types.schema import Object, Property
+    from mlflow.types.schema import Array, Object, Property
 
     probabilities = Object([Property(label, 'double') for label in labels])
+    label = ColSpec(Array('string') if multi_label else 'string', 'label')
     return ModelSignature(
-        inputs=Schema([ColSpec('string')]),
-        outputs=Schema([ColSpec('string', 'label'), ColSpec(probabilities, 'probabilities')]),
+        inputs=Schema([ColSpec('string')]), outputs=Schema([label, ColSpec(probabilities, 'probabilities')])
     )

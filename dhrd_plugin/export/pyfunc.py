@@ -28,14 +28,23 @@ def _python_model():
         def predict(self, context, model_input, params=None):  # pyright: ignore[reportIncompatibleMethodOverride]
             texts = list(model_input.iloc[:, 0]) if hasattr(model_input, 'iloc') else list(model_input)
             rows = [row for start in range(0, len(texts), BATCH) for row in self._rows(texts[start : start + BATCH])]
-            labels = [max(row, key=row.__getitem__) for row in rows]
+            labels = [self._label(row) for row in rows]
             return pandas.DataFrame({'label': labels, 'probabilities': rows})
 
         def _rows(self, texts):
             batch = self.tokenizer(texts, padding=True, return_tensors='pt')
             logits = self.model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits
             names = self.model.config.id2label
-            return [{names[i]: p for i, p in enumerate(row)} for row in logits.float().softmax(-1).tolist()]
+            probabilities = logits.float().sigmoid() if self._has_several() else logits.float().softmax(-1)
+            return [{names[i]: p for i, p in enumerate(row)} for row in probabilities.tolist()]
+
+        def _label(self, row):
+            if self._has_several():
+                return [name for name, probability in row.items() if probability >= 0.5]
+            return max(row, key=row.__getitem__)
+
+        def _has_several(self):
+            return self.model.config.problem_type == 'multi_label_classification'
 
     return SlimModel()
 

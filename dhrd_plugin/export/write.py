@@ -34,6 +34,7 @@ from dhrd_plugin.models import heads, slim
 from dhrd_plugin.models.build import load_slim, merged_state, rebuild, without_weights
 from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.models.versions import DTYPE, config_from, is_taken_for_another, save_tokenizer, tokenizer_class
+from dhrd_plugin.problem_type import MULTI_LABEL
 
 _NETWORK = 'model.'  # its name inside a HuggingFaceModel
 _TOKENIZER_FILE = re.compile(r'[\w.+ -]+\.(json|txt|model|jinja|py)')  # those that Composer stores
@@ -194,6 +195,7 @@ def _common(settings: Mapping[str, Any]) -> dict[str, Any]:
         'id2label': dict(enumerate(labels)),
         'label2id': {name: index for index, name in enumerate(labels)},
         'pad_token_id': settings['pad_token_id'],
+        **({'problem_type': MULTI_LABEL} if settings.get('multi_label') else {}),
         'dhrd': {key: settings.get(key) for key in ('task', 'markers', 'max_seq_len')},
     }
 
@@ -293,7 +295,7 @@ def add_onnx(folder: str | Path, kind: str = 'fp32', rows: Sequence[Row] = (), o
             if kind == 'int8':
                 if not rows:
                     batch = made_rows(model)
-                    unknown = torch.full((len(batch['input_ids']),), IGNORE_INDEX)
+                    unknown = torch.full((len(batch['input_ids']), 1), IGNORE_INDEX)
                     rows, of = rows_of({**batch, 'labels': unknown}), 'made-up tokens'
                 write_int8(scratch / NAME, scratch / INT8)
                 files = [OnnxClassifier(scratch / name, folder) for name in (NAME, INT8)]

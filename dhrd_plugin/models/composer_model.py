@@ -11,10 +11,11 @@ from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_plugin.errors import UserError
-from dhrd_plugin.losses import IGNORE_INDEX, soft_cross_entropy, weighted_mean
+from dhrd_plugin.losses import IGNORE_INDEX, binary_cross_entropy, soft_cross_entropy, weighted_mean
 from dhrd_plugin.metrics import ExactMatch, build_metrics
 from dhrd_plugin.models.network import DualHeadNetwork, DualHeadOutput
 from dhrd_plugin.models.versions import pad_token_of
+from dhrd_plugin.problem_type import to_probabilities
 
 RETURN_REASONING_LOSS = 'return_reasoning_loss'
 _INPUTS = ('input_ids', 'attention_mask', 'pool_index', 'reasoning_labels', RETURN_REASONING_LOSS, 'spans')
@@ -49,11 +50,14 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
         metrics: torchmetrics to compute, shown by the names of their classes. Default: accuracy and
             macro-F1. :class:`~dhrd_plugin.metrics.ExactMatch` is left out of training, whose batches
             hold no whole groups; for evaluation it needs a collator with ``groups=True``.
-        class_weights: K weights of the cross-entropy. Default: none (ours, not the paper's).
+        class_weights: K weights of the cross-entropy; multi-label of the rows that have the class. Default: none (ours,
+            not the paper's).
         label_smoothing: of the classification loss. Default: 0 (ours, not the paper's).
         soft_label_weight: of a row's probabilities beside its label, see
             :func:`~dhrd_plugin.losses.soft_cross_entropy`. Default: 0.5 (ours, not the paper's).
         info: plain JSON to store in checkpoints and exports besides: markers, task, LoRA. Default: nothing.
+        multi_label: a row has any number of classes: the loss is
+            :func:`~dhrd_plugin.losses.binary_cross_entropy` (ours, not the paper's). Default: ``False``.
 
     Raises:
         ValueError: ``label_names`` does not have K names.
@@ -69,6 +73,7 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
         label_smoothing: float = 0.0,
         info: Mapping[str, Any] | None = None,
         soft_label_weight: float = 0.5,
+        multi_label: bool = False,
     ):
         num_labels = network.num_labels
         self.label_names = list(label_names or (f'LABEL_{i}' for i in range(num_labels)))
@@ -77,7 +82,10 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
         self.info = dict(info or {})
         self.label_smoothing = label_smoothing
         self.soft_label_weight = soft_label_weight
-        metrics = build_metrics(['accuracy', 'macro_f1'], num_labels) if metrics is None else metrics
+        self.multi_label = multi_label
+        if metrics is None:
+            names = ['micro_f1' if multi_label else 'accuracy', 'macro_f1']
+            metrics = build_metrics(names, num_labels, multi_label)
         super().__init__(
             network,  # pyright: ignore[reportArgumentType]
             tokenizer,  # pyright: ignore[reportArgumentType]
@@ -105,14 +113,12 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
         assert outputs.logits is not None
         if self.class_weights is not None:  # it stands beside the network, which alone FSDP moves
             self.class_weights = self.class_weights.to(outputs.logits.device)
-        losses = soft_cross_entropy(
-            outputs.logits,
-            batch['labels'],
-            batch.get('label_probabilities'),
-            self.soft_label_weight,
-            self.class_weights,
-            self.label_smoothing,
-        )
+        logits, labels, weights, smoothing = outputs.logits, batch['labels'], self.class_weights, self.label_smoothing
+        if self.multi_label:
+            losses = binary_cross_entropy(logits, labels, weights, smoothing)
+        else:
+            soft = batch.get('label_probabilities')
+            losses = soft_cross_entropy(logits, labels, soft, self.soft_label_weight, weights, smoothing)
         return weighted_mean(losses, batch.get('classification_weight'))
 
     def eval_forward(self, batch: Mapping[str, Any], outputs: DualHeadOutput | None = None) -> Tensor:  # pyright: ignore
@@ -125,6 +131,8 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
     def update_metric(self, batch: Mapping[str, Any], outputs: Tensor, metric: Metric) -> dict:
         """Update one metric with a batch's logits [B, K]; rows without a label do not count."""
         taken = [outputs, batch['labels']]
+        if self.multi_label:  # torchmetrics guesses whether it has logits
+            taken = [to_probabilities(outputs, multi_label=True), batch['labels'].long()]
         if isinstance(metric, ExactMatch):
             if 'group' not in batch:
                 raise UserError(
@@ -149,6 +157,7 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
             'pooling': network.pooling,
             'dropout': network.classifier.dropout.p,
             'norm': network.classifier.norm is not None,
+            'multi_label': self.multi_label,
             'lora': network.lora,
             'pad_token_id': pad_token_of(self.config) if self.tokenizer is None else self.tokenizer.pad_token_id,
             **self.info,

@@ -70,11 +70,15 @@ class SlimClassifier(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
-        """[B, S] token ids to [B, K] logits; the loss too where ``labels`` [B] are given."""
+        """[B, S] token ids to [B, K] logits; the loss too where ``labels``, [B] or of several [B, K], are given."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         hidden = last_hidden_state(self.backbone, input_ids, attention_mask)
         pooled = pool(hidden, attention_mask, last_real_index(attention_mask), self.config.pooling)
         logits = self.classifier(pooled)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None
+        if labels is not None and self.config.problem_type == 'multi_label_classification':
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        elif labels is not None:
+            loss = nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)  # pyright: ignore

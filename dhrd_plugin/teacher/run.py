@@ -28,7 +28,7 @@ from dhrd_plugin.cli import Parser, number, run
 from dhrd_plugin.data.labels import with_labels
 from dhrd_plugin.data.leaks import restated
 from dhrd_plugin.data.tasks import load_task
-from dhrd_plugin.data.triplet import Triplet
+from dhrd_plugin.data.triplet import Triplet, classes_of, words_of
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError, one_line, tell
 from dhrd_plugin.teacher.endpoint import Endpoint, Unanswered, find_key
@@ -143,7 +143,8 @@ class Run:
 
     async def ask_once(self, triplet: Triplet, used: Counter[str]) -> tuple[str | None, str | None, bool]:
         """The answer, ``None`` if none came; why it cannot be used, ``None`` if it can; whether to ask again."""
-        others = [pair for pair in self.answers.items() if pair[0] != triplet['label']]
+        own = classes_of(triplet)
+        others = [pair for pair in self.answers.items() if pair[0] not in own]
         try:
             reply = await self.endpoint.ask(build_prompt(triplet, self.template))
         except Unanswered as error:
@@ -157,8 +158,7 @@ class Run:
             if reason is None and read_label(answer, self.answers) is None:
                 reason = f'answers with no label: {one_line(answer, 80)!r}'
         else:
-            words = (triplet['answer'], triplet['label'])
-            reason = check_answer(reply.text, reply.finish_reason, words, sum(others, ()))
+            reason = check_answer(reply.text, reply.finish_reason, words_of(triplet), sum(others, ()))
         return reply.text, reason, reason is not None
 
 
@@ -231,6 +231,8 @@ def check_targets(args: argparse.Namespace, rejects: Path) -> None:
 def generate(args: argparse.Namespace) -> int:
     """Do the work of the command and return its exit status."""
     task = with_labels(load_task(args.task), args.input, args.split)
+    if args.votes and task.multi_label:
+        raise UserError(f'{args.task}: found several labels to a row; expected one, of which --votes gives shares')
     template = read_prompt(args.prompt, list(task.answers.values()) if args.votes else ())
     rejects_path = args.rejects or args.output.with_suffix('.rejects.jsonl')
 
@@ -239,7 +241,7 @@ def generate(args: argparse.Namespace) -> int:
     def rows() -> Iterator[Triplet]:
         labelled = not args.votes  # who is not shown the label can vote without one
         for row in itertools.islice(read_triplets(args.input, task, split=args.split, labelled=labelled), args.limit):
-            if labelled and not row['label']:
+            if labelled and row['label'] == '':
                 raise UserError(f'{args.input}, row {row["id"]}, field {task.label}: is missing; --blind needs none')
             yield row
 

@@ -23,6 +23,7 @@ from dhrd_plugin.data.data_spec import triplet_data_spec
 from dhrd_plugin.data.labels import labels_of, with_labels
 from dhrd_plugin.data.shards import cached_shards
 from dhrd_plugin.data.tasks import Task, load_task
+from dhrd_plugin.data.triplet import classes_of, counted_as
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.metrics import build_metrics
 from dhrd_plugin.models.build import add_lora, build_causal_lm, build_tokenizer, freeze
@@ -36,7 +37,7 @@ from dhrd_plugin.streams.rows import StreamRows
 from dhrd_plugin.streams.settings import DOWNLOADS, build_streams
 from dhrd_plugin.streams.stream import TripletStream
 from dhrd_plugin.training import registry
-from dhrd_plugin.training.checks import find_source, on_gpu
+from dhrd_plugin.training.checks import check_one_label, find_source, on_gpu
 from dhrd_plugin.training.config import Config, LoaderConfig, LoraConfig, used
 from dhrd_plugin.training.display import AnnounceExport, Display
 from dhrd_plugin.training.fsdp import average_gradients, build_fsdp
@@ -79,7 +80,7 @@ def check_labels(streams: Sequence[TripletStream], task: Task, whole: bool) -> N
         if labels is None and (whole or stream.remote is None):
             rows = StreamRows([stream])
             found = map(rows.__getitem__, range(len(rows)))
-            labels = {row['label'] for row in found if row['label'] or not row.get('probabilities')}
+            labels = {name for row in found for name in _told(row)}
         if whole and not labels:
             raise UserError(
                 f'{stream.key}: {join(stream.place, stream.split)}: found no row with a label to evaluate on'
@@ -90,6 +91,11 @@ def check_labels(streams: Sequence[TripletStream], task: Task, whole: bool) -> N
                 f'{stream.key}: {join(stream.place, stream.split)}: found rows of the label {foreign[0]!r}; '
                 f'expected those of the task {task.name}: {", ".join(task.label_names)}'
             )
+
+
+def _told(row: Mapping[str, Any]) -> list[str]:
+    """The classes of a row; the empty one stands for a row that has no probabilities either."""
+    return [name for name in counted_as(row) if name or not row.get('probabilities')]
 
 
 def told_labels(stream: TripletStream) -> set[str] | None:
@@ -111,7 +117,7 @@ def told_summary(stream: TripletStream) -> Any:
 
 
 def count_labels(streams: Sequence[TripletStream], why: str | None = None) -> Counter[str]:
-    """How many rows have which label: by the summaries beside the shards, else by the rows.
+    """How many rows have which label, a row of several with each: by the summaries beside the shards, else by the rows.
 
     Args:
         streams: of one loader.
@@ -131,7 +137,7 @@ def count_labels(streams: Sequence[TripletStream], why: str | None = None) -> Co
                     'there, as dhrd prepare writes it'
                 ) from None
             rows = StreamRows([stream])
-            counts.update(rows[index]['label'] for index in range(len(rows)))
+            counts.update(name for index in range(len(rows)) for name in classes_of(rows[index]))
     return counts - Counter({'': counts['']})
 
 
@@ -157,13 +163,26 @@ def _labels_of_shards(task: Task, streams: Sequence[TripletStream]) -> Task:
 
 
 def balanced(streams: Sequence[TripletStream], task: Task) -> list[float]:
-    """K weights, N / (K * rows of the class), as scikit-learn's ``balanced``; the mean over the rows is 1."""
+    """K weights, N / (K * rows of the class), as scikit-learn's ``balanced``; the mean over the rows is 1.
+
+    Multi-label, how many rows lack the class for one that has it.
+    """
     counts = count_labels(streams, 'model.class_weights: balanced')
     for name in task.label_names:
         if not counts[name]:
             raise UserError(f'model.class_weights: balanced: found no training row of the label {name!r}')
+    if task.multi_label:
+        return _lacking_to_having({name: counts[name] for name in task.label_names}, len(StreamRows(streams)))
     rows = sum(counts[name] for name in task.label_names)
     return [rows / (len(task.label_names) * counts[name]) for name in task.label_names]
+
+
+def _lacking_to_having(counts: Mapping[str, int], rows: int) -> list[float]:
+    """How many of the rows lack each class, for one that has it."""
+    for name, count in counts.items():
+        if count == rows:
+            raise UserError(f'model.class_weights: balanced: found no training row without the label {name!r}')
+    return [(rows - count) / count for count in counts.values()]
 
 
 def settled(config: Config, task: Task, streams: Sequence[TripletStream]) -> Config:
@@ -181,6 +200,7 @@ def build_collator(config: Config, task: Task, tokenizer: PreTrainedTokenizerBas
     """The collator that the config asks for, with ``options`` of a :class:`~dhrd_plugin.TripletCollator`."""
     targets, longest, loader = config.model.reasoning_targets, config.max_seq_len, config.train_loader
     options = {'layout': loader.layout, 'rationale_max_tokens': loader.rationale_max_tokens, **options}
+    options['multi_label'] = task.multi_label
     return TripletCollator(tokenizer, task.label_names, longest, targets, config.markers, **options)
 
 
@@ -297,6 +317,7 @@ def build_model(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) 
     if len(tokenizer) > causal_lm.config.vocab_size:
         network.resize_token_embeddings(len(tokenizer))
     if settings.head == 'verbalizer':
+        check_one_label(task)
         network.begin_as_answers(tokenizer, list(task.answers.values()), 'model.head: verbalizer')
     if settings.freeze_backbone:
         freeze(network.causal_lm)
@@ -307,10 +328,11 @@ def build_model(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) 
         network,
         tokenizer,
         task.label_names,
-        build_metrics(task.metrics, len(task.label_names)),
+        build_metrics(task.metrics, len(task.label_names), task.multi_label),
         class_weights=settings.class_weights,
         label_smoothing=settings.label_smoothing,
         soft_label_weight=settings.soft_label_weight,
+        multi_label=task.multi_label,
         info={'task': task.to_dict(), 'markers': dataclasses.asdict(config.markers), 'max_seq_len': config.max_seq_len},
     )
 

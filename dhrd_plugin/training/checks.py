@@ -78,7 +78,7 @@ def check_chosen(config: Config, task: Task) -> None:
         return
     (export,) = registry.build_parts('callbacks', {'drop_reasoning_head': kwargs})
     count = len(task.label_names) or 2  # of a task whose labels are yet to be found; here names alone count
-    metrics = {type(metric).__name__: metric for metric in build_metrics(task.metrics, count)}
+    metrics = {type(metric).__name__: metric for metric in build_metrics(task.metrics, count, task.multi_label)}
     export.check_evaluations(dict.fromkeys(used(config.eval_loaders), metrics))
     asked = [key for key in ('monitor', 'calibrate') if getattr(export, key)]
     if asked and not parse_time(config.eval_interval, 'eval_interval').value:
@@ -89,10 +89,21 @@ def check_chosen(config: Config, task: Task) -> None:
 
 def check_task(config: Config, task: Task) -> None:
     """Refuse what does not fit the task."""
+    if config.model.head == 'verbalizer':
+        check_one_label(task)
     weights, names = config.model.class_weights, task.label_names
     if isinstance(weights, list) and names and len(weights) != len(names):
         raise UserError(
             f'model.class_weights: found {len(weights)}; expected {len(names)}, one for each of {", ".join(names)}'
+        )
+
+
+def check_one_label(task: Task) -> None:
+    """Refuse a head that begins as the LM's choice of one answer where rows have any number of classes."""
+    if task.multi_label:
+        raise UserError(
+            'model.head: found verbalizer with several labels to a row, of which the LM would choose one; expected mlp '
+            'or linear'
         )
 
 

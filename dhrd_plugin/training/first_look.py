@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dhrd_plugin.data.collator import TripletCollator
 from dhrd_plugin.data.lengths import describe_leaks, describe_lengths, merge, shares, summarise, survey
 from dhrd_plugin.data.tasks import Task
+from dhrd_plugin.data.triplet import counted_as
 from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.streams.rows import StreamRows
@@ -55,7 +56,9 @@ def _look(rows: StreamRows, key: str, collator: TripletCollator, limit: int) -> 
     labels = Counter(dict.fromkeys(collator.class_index, 0))
     findings, first, too_long, with_rationale = [], None, 0, 0
     for batch in _batches(rows):
-        labels.update(row['label'] for row in batch)
+        labels.update(name for row in batch for name in counted_as(row))
+        for row in batch:
+            collator.target(row)  # refuses a label of the other kind
         with_rationale += sum(row.get('rationale') is not None for row in batch)
         findings.append(survey(batch, collator))
         if max(findings[-1].input) > limit:

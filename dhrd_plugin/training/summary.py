@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dhrd_plugin.files import write_json
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
 from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.models.padding_free import one_kernel
+from dhrd_plugin.streams.rows import StreamRows
 from dhrd_plugin.streams.stream import TripletStream
 from dhrd_plugin.training.builders import count_labels
 from dhrd_plugin.training.config import Config, used, written
@@ -94,7 +96,9 @@ def finish(
     ``streams`` are the rows of each loader, by its key; ``seconds`` those of each stage.
     """
     places = {key: [_place(stream) for stream in found] for key, found in streams.items()}
-    frequent = {label: most_frequent(streams[f'eval_loaders.{label}']) for label in used(config.eval_loaders)}
+    several = load_task(config.task).multi_label
+    best = best_constant_f1 if several else most_frequent
+    frequent = {label: best(streams[f'eval_loaders.{label}']) for label in used(config.eval_loaders)}
     summary = summarize(config, trainer, counter)
     summary |= {'most_frequent': frequent, 'data': places, 'seconds': dict(seconds)}
     path = Path(config.output_dir) / SUMMARY
@@ -105,7 +109,10 @@ def finish(
         print(f'checkpoints: {format_name_with_dist(config.save_folder, config.run_name)}')
     for label, metrics in summary['metrics'].items():
         values = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
-        print(f'{label}: {values} (the same label for every row: {summary["most_frequent"][label]:.4f} right)')
+        constant = summary['most_frequent'][label]
+        told = f'labels for every row: micro F1 {constant:.4f}'
+        told = told if several else f'label for every row: {constant:.4f} right'
+        print(f'{label}: {values} (the same {told})')
     print(f'summary: {path}')
     if tracked := mlflow_run(trainer.logger):
         print(f'mlflow: {tracked}')
@@ -162,6 +169,16 @@ def most_frequent(streams: Sequence[TripletStream]) -> float:
     """The share of an evaluation set's most frequent label in its rows that have one; 0 without any."""
     counts = count_labels(streams)
     return max(counts.values(), default=0) / max(1, counts.total())
+
+
+def best_constant_f1(streams: Sequence[TripletStream]) -> float:
+    """The best micro F1 of an evaluation set of several labels with the same ones, the most frequent, for every row."""
+    rows = sum(len(StreamRows([stream])) for stream in streams)
+    counts = [count for _, count in count_labels(streams).most_common()]
+    found, total = 0.0, sum(counts)
+    for size, right in enumerate(accumulate(counts), 1):
+        found = max(found, 2 * right / (size * rows + total))
+    return found
 
 
 def _number(value: float) -> float:

@@ -19,9 +19,9 @@ from benchmarks.options import Options
 from benchmarks.steps import batches
 from benchmarks.table import Table, make_report, make_row
 from dhrd_plugin.data.tasks import Task
+from dhrd_plugin.export import int8
 from dhrd_plugin.export.classify import predict
 from dhrd_plugin.export.load import open_classifier
-from dhrd_plugin.export.onnx import NAME, OnnxClassifier
 from dhrd_plugin.export.write import write_slim
 from dhrd_plugin.models.build import load_slim
 
@@ -54,28 +54,32 @@ def run(options: Options) -> dict[str, Any]:
     return make_report('infer', describe(options, rows=f'{len(rows)} of {source}', batch=BATCH), table)
 
 
-OURS = 'slim export'
+OURS = 'dhrd predict'  # which runs model.onnx by itself
+TORCH = 'dhrd predict in torch'
+INT8 = 'dhrd predict in int8'
 PIPELINE = 'pipeline'
 STOCK = 'AutoModel, sorted batches'
-ONNX = 'ONNX Runtime'
+FASTER = {OURS: 4.5, INT8: 7.0}  # than the pipeline, at least
 
 
 def write_export(lm: PreTrainedModel, tokenizer: Any, task: Task, head: str, folder: Path) -> Path:
-    """Write a slim export, with its ONNX file, of a backbone and a randomly initialised head."""
+    """Write a slim export, with its ONNX files, of a backbone and a randomly initialised head."""
     model = build_classifier(lm, tokenizer, task, head)
-    return write_slim(model.get_metadata(), model.network.state_dict(), folder, onnx=True)
+    return write_slim(model.get_metadata(), model.network.state_dict(), folder, onnx='int8')
 
 
 def contenders(folder: Path, head: str) -> dict[str, Ask]:
     """The ways to ask one export, by name; with a linear head one is to load it as transformers does."""
-    ours = open_classifier(folder, 'torch')
-    tokenizer = ours.tokenizer
-    others = {PIPELINE: ask_pipeline(load_slim(folder), AutoTokenizer.from_pretrained(folder))}
+    ours = {
+        OURS: open_classifier(folder),
+        TORCH: open_classifier(folder, 'torch'),
+        INT8: open_classifier(folder / int8.NAME),
+    }
+    others: dict[str, Ask] = {PIPELINE: ask_pipeline(load_slim(folder), AutoTokenizer.from_pretrained(folder))}
     if head == 'linear':
         stock = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
-        others[STOCK] = partial(ask_sorted, stock, tokenizer)
-    others[ONNX] = partial(ask_ours, OnnxClassifier(folder / NAME), tokenizer)
-    return {OURS: partial(ask_ours, ours.model, tokenizer), **others}
+        others[STOCK] = partial(ask_sorted, stock, ours[TORCH].tokenizer)
+    return {name: partial(ask_ours, found.model, found.tokenizer) for name, found in ours.items()} | others
 
 
 def ask_ours(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[str]:
@@ -105,7 +109,7 @@ def _labels(config: Any, scores: torch.Tensor) -> list[str]:
 
 
 def throughput_rows(asks: dict[str, Ask], texts: Sequence[str], repetitions: int, what: str) -> Table:
-    """Measure queries a second of each way, ours against each other one, and the share of equal labels.
+    """Measure queries a second of each way, ours in fp32 and int8 against the pipeline, and the share of equal labels.
 
     Args:
         asks: see :func:`contenders`.
@@ -119,13 +123,15 @@ def throughput_rows(asks: dict[str, Ask], texts: Sequence[str], repetitions: int
         answers[name] = asks[name](texts)
 
     found = rates(len(texts), interleave({name: partial(ask, name) for name in asks}, repetitions))
-    others = [name for name in asks if name != OURS]
-    rows = [make_row(f'{name}, {what}', found[name], 'queries/s') for name in others]
-    for name in others:
-        ratio, bar = ratios(found[OURS], found[name]), 2.0 if name == PIPELINE else None
-        rows.append(make_row(f'{OURS}, {what}', found[OURS], 'queries/s', ratio, name, at_least=bar))
+    rows = [make_row(f'{PIPELINE}, {what}', found[PIPELINE], 'queries/s')]
+    for name in [name for name in asks if name != PIPELINE]:
+        ratio = ratios(found[name], found[PIPELINE])
+        rows.append(make_row(f'{name}, {what}', found[name], 'queries/s', ratio, PIPELINE, at_least=FASTER.get(name)))
+    for name in [name for name in asks if name != OURS]:
         same = sum(a == b for a, b in zip(answers[OURS], answers[name])) / len(texts)
-        rows.append(make_row(f'same labels as {name}, {what}', [same], at_least=1.0))
+        # Of an untrained head, whose labels hang by a thread, int8 is held to nothing: the card tells of a trained one.
+        bar = None if name == INT8 else 1.0
+        rows.append(make_row(f'same labels, {OURS} and {name}, {what}', [same], at_least=bar))
     return rows
 
 
@@ -138,8 +144,9 @@ def latency_rows(asks: dict[str, Ask], texts: Sequence[str]) -> Table:
     spent = {name: values[1:] for name, values in spent.items()}
     rows = []
     for name, values in spent.items():
-        against: dict[str, Any] = {} if name == OURS else {'ratio': ratios(values, spent[OURS]), 'against': OURS}
-        rows.append(make_row(f'one text, {name}, p50', values, 'ms', **against))
+        ratio = None if name == PIPELINE else ratios(values, spent[PIPELINE])
+        bar = 0.6 if name == OURS else None
+        rows.append(make_row(f'one text, {name}, p50', values, 'ms', ratio, PIPELINE, at_most=bar))
         rows.append(make_row(f'one text, {name}, p95', [percentile(values, 95)], 'ms'))
     return rows
 

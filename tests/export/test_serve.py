@@ -34,10 +34,10 @@ def log_model(folder, store) -> Path:
     return path.parent
 
 
-@pytest.mark.parametrize('head', ['linear', 'mlp'])
-def test_mlflow_models_serve_answers_with_the_labels(tmp_path, head, monkeypatch):
+@pytest.mark.parametrize('head, several', [('linear', False), ('mlp', True)])
+def test_mlflow_models_serve_answers_with_the_labels(tmp_path, head, several, monkeypatch):
     monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
-    model = tiny_classifier(tiny_tokenizer(bos=True, apart=True), head=head)
+    model = tiny_classifier(tiny_tokenizer(bos=True, apart=True), several, head=head)
     slim = write_slim(model.get_metadata(), model.network.state_dict(), tmp_path / 'slim')
     logged, port, programs = log_model(slim, tmp_path / 'store'), free_port(), Path(sys.executable).parent
     options = ['--env-manager', 'local', '--host', '127.0.0.1', '--port', str(port), '--workers', '1']

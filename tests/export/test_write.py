@@ -1,6 +1,7 @@
 """The slim classifier: what is in the folder, and that it needs nothing of this package."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import transformers
 from composer import Trainer
 from elsewhere import load_elsewhere
 from safetensors import safe_open
-from tiny import LABELS, exact, tiny_classifier, tiny_lm, tiny_network, tiny_tokenizer, triplet, triplets
+from tiny import LABELS, exact, of_several, tiny_classifier, tiny_lm, tiny_network, tiny_tokenizer, triplet, triplets
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BloomConfig, MptConfig, PreTrainedModel
 
@@ -34,6 +35,8 @@ MODELS = {
     'llama-linear-mean': {'kind': 'llama', 'head': 'linear', 'pooling': 'mean'},
     'qwen2-linear-verbalizer-lora': {'kind': 'qwen2', 'head': 'verbalizer', 'lora': True},
     'qwen3-mlp-norm': {'kind': 'qwen3', 'head': 'mlp', 'norm': True},
+    'llama-linear-several': {'kind': 'llama', 'head': 'linear', 'multi_label': True},
+    'gpt2-mlp-several-lora': {'kind': 'gpt2', 'head': 'mlp', 'lora': True, 'multi_label': True},
 }
 STOCK = {name: name.split('-')[1] == 'linear' and 'mean' not in name for name in MODELS}
 # transformers 5 takes the tokenizer of every qwen2 for Qwen's own, which the tiny one is not.
@@ -41,10 +44,16 @@ STOCK['qwen2-linear-verbalizer-lora'] = False
 ROWS = [triplet(i, 1 + i % 7, None) for i in range(12)]
 
 
+def batch_of(model, rows):
+    """The rows as the model is trained on them."""
+    rows = of_several(rows) if model.multi_label else rows
+    return TripletCollator(model.tokenizer, LABELS, multi_label=model.multi_label)(rows)
+
+
 def train_and_export(options, out):
     """Three steps of both heads, then the callback."""
     model = tiny_classifier(tiny_tokenizer(bos=True, apart=True), **options)
-    loader = DataLoader(triplets(8), 4, collate_fn=TripletCollator(model.tokenizer, LABELS))
+    loader = DataLoader(triplets(8), 4, collate_fn=partial(batch_of, model))
     trainer = Trainer(
         model=model,
         train_dataloader=triplet_data_spec(loader),
@@ -63,13 +72,14 @@ def train_and_export(options, out):
 def exports(tmp_path_factory):
     """The trained models' logits, and what a process without the package makes of the folders."""
     root = tmp_path_factory.mktemp('exports')
-    expected = {}
+    expected, labels = {}, {}
     for name, options in MODELS.items():
         model = train_and_export(options, root / name / 'slim')
-        batch = TripletCollator(model.tokenizer, LABELS)(ROWS)
+        batch = batch_of(model, ROWS)
+        labels[name] = batch['labels']
         with torch.no_grad():
             expected[name] = {'logits': model.eval_forward(batch), 'loss': model.loss(model(batch), batch)}
-    return root, expected, load_elsewhere(root, [row['input_text'] for row in ROWS], batch['labels'])
+    return root, expected, load_elsewhere(root, [row['input_text'] for row in ROWS], labels)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -121,9 +131,8 @@ def test_a_pipeline_classifies_with_it(exports, name):
     _, expected, found = exports
     for answers, logits in zip(found[name]['pipeline'], expected[name]['logits'], strict=True):
         scores = {answer['label']: answer['score'] for answer in answers}
-        torch.testing.assert_close(
-            torch.tensor([scores[label] for label in LABELS]), logits.softmax(-1), atol=1e-5, rtol=0
-        )
+        probabilities = logits.sigmoid() if 'several' in name else logits.softmax(-1)
+        torch.testing.assert_close(torch.tensor([scores[label] for label in LABELS]), probabilities, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize('kind', ['llama', 'gpt2', 'dora'])
