@@ -23,7 +23,7 @@ from dhrd_plugin import DropReasoningHead, load_config
 from dhrd_plugin.cli import VERBS
 from dhrd_plugin.comparison.plan import Comparison, load_comparison
 from dhrd_plugin.data.collator import Markers
-from dhrd_plugin.data.tasks import Task, load_task
+from dhrd_plugin.data.tasks import METRICS, MULTI_LABEL_METRICS, Task, load_task
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models.pretrained import resolve
 from dhrd_plugin.training.config import Config, LoraConfig, ModelConfig, TrainLoaderConfig
@@ -174,8 +174,8 @@ def names(*kinds):
 
 KEYS = {
     'yamls/README.md': names(Config, ModelConfig, LoraConfig, TrainLoaderConfig, Markers),
-    DATA: names(Task),
-    'dhrd_plugin/export/README.md': list(signature(DropReasoningHead).parameters),
+    DATA: [*names(Task), *METRICS, *MULTI_LABEL_METRICS],
+    'dhrd_plugin/export/README.md': [*signature(DropReasoningHead).parameters, 'int8'],
     'results/README.md': names(Comparison),
 }
 
