@@ -1,4 +1,5 @@
-"""A run that exports its best evaluation, calibrated; ``composer [-n 2] chosen_runs.py ROOT LAYOUT CASE``."""
+"""A run that exports its best evaluation, calibrated; ``composer [-n 2] chosen_runs.py ROOT LAYOUT CASE
+[key=value ...]``."""
 
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ CHOICE = 'monitor: MulticlassAccuracy, mode: max, dataloader_label: val, calibra
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    root, layout, case = sys.argv[1:]
+    root, layout, case, *more = sys.argv[1:]
     out = Path(root) / layout / case / 'slim'
-    overrides = [f'callbacks.drop_reasoning_head={{output_dir: {out}, {CHOICE}}}', 'eval_interval=2ba']
+    overrides = [f'callbacks.drop_reasoning_head={{output_dir: {out}, {CHOICE}}}', 'eval_interval=2ba', *more]
     train(config_of(Path(root), layout, case, *overrides)).close()

@@ -180,7 +180,7 @@ def test_without_an_evaluation_of_the_last_batch_the_export_is_whole_but_the_run
     assert 'Calibration' not in card_of(tmp_path / 'slim')
 
 
-def test_five_epochs_of_a_yaml_whose_best_is_not_the_last(tmp_path):
+def test_five_epochs_of_a_yaml_whose_best_is_the_second(tmp_path):
     write_inputs(tmp_path)
     export = f'{{output_dir: {tmp_path}/slim, monitor: {ACCURACY}, calibrate: val}}'
     config = config_of(
@@ -196,7 +196,7 @@ def test_five_epochs_of_a_yaml_whose_best_is_not_the_last(tmp_path):
     (log,) = [found.data for found in trainer.logger.destinations if hasattr(found, 'data')]
     series = {int(time.epoch): float(value) for time, value in log[f'metrics/val/{ACCURACY}']}
     chosen = max(series, key=series.__getitem__)
-    assert list(series) == [1, 2, 3, 4, 5] and chosen < 5 and series[5] < series[chosen]
+    assert list(series) == [1, 2, 3, 4, 5] and chosen == 2 and series[5] < series[2], series
     report = report_on(tmp_path / 'slim', [tmp_path / 'val.jsonl'])
     assert report['metrics']['accuracy'] == pytest.approx(series[chosen])
     card = card_of(tmp_path / 'slim')
@@ -205,14 +205,55 @@ def test_five_epochs_of_a_yaml_whose_best_is_not_the_last(tmp_path):
     assert f'was {report["calibration"]["before"]["ece"]:.4f}' in card
 
 
-def test_two_ranks_of_fsdp_keep_and_calibrate_by_every_row_once(tmp_path):
-    """31 rows: one of the ranks gets a row of the other's besides."""
-    write_inputs(tmp_path)
-    done = run_ranks(2, Path(__file__).parents[1] / 'chosen_runs.py', tmp_path, 'fsdp2', 'untied-lora')
+# The rate is 300 times as high from the tenth step on, so that the best evaluation comes before.
+CLIMBS = (
+    'scheduler={name: multi_step_with_warmup, t_warmup: 0ba, milestones: [10ba], gamma: 300}',
+    'algorithms.auxiliary_reasoning_loss.schedule=null',
+    'save_interval=4ba',
+    'save_num_checkpoints_to_keep=-1',
+    'autoresume=true',
+)
+
+
+def two_ranks(root, *overrides):
+    """Train on two ranks of FSDP2, with sharded checkpoints; the export."""
+    done = run_ranks(2, Path(__file__).parents[1] / 'chosen_runs.py', root, 'fsdp2', 'untied-lora', *CLIMBS, *overrides)
     assert done.returncode == 0, done.stderr[-3000:]
-    slim = tmp_path / 'fsdp2' / 'untied-lora' / 'slim'
-    facts = json.loads((slim / 'config.json').read_text())['dhrd']
-    report = report_on(slim, [tmp_path / 'val.jsonl'])
+    return root / 'fsdp2' / 'untied-lora' / 'slim'
+
+
+@pytest.fixture(scope='module')
+def on_two_ranks(tmp_path_factory):
+    """The export of a run that nothing stops."""
+    root = tmp_path_factory.mktemp('straight')
+    write_inputs(root)
+    return two_ranks(root)
+
+
+def facts_of(slim):
+    return json.loads((slim / 'config.json').read_text())['dhrd']
+
+
+def test_two_ranks_of_fsdp_keep_and_calibrate_by_every_row_once(on_two_ranks):
+    """31 rows: one of the ranks gets a row of the other's besides."""
+    facts = facts_of(on_two_ranks)
+    report = report_on(on_two_ranks, [on_two_ranks.parents[2] / 'val.jsonl'])
     assert facts['calibration']['rows'] == report['rows'] == 31
     assert report['metrics']['accuracy'] == pytest.approx(facts['best']['value'])
     assert report['calibration']['ece'] == pytest.approx(facts['calibration']['ece_after'], abs=1e-4)
+
+
+def test_sharded_checkpoints_of_two_ranks_resume_to_the_same_best_and_temperature(on_two_ranks, tmp_path):
+    """Stopped after a better evaluation than any that follows: what is exported was kept before."""
+    write_inputs(tmp_path)
+    slim = two_ranks(tmp_path, 'max_duration=12ba')
+    checkpoints = slim.parent / 'checkpoints'
+    assert (checkpoints / 'ep1-ba12' / '.metadata').is_file() and not [*checkpoints.glob('ep*-ba16')]
+    written = (checkpoints / 'ep1-ba12' / '.metadata').stat().st_mtime_ns
+    assert two_ranks(tmp_path) == slim and (checkpoints / 'ep2-ba20' / '.metadata').is_file()
+    assert (checkpoints / 'ep1-ba12' / '.metadata').stat().st_mtime_ns == written  # it went on, and did not start anew
+    found, expected = facts_of(slim), facts_of(on_two_ranks)
+    assert found['best'] == expected['best'] and found['best']['batch'] <= 12
+    assert found['calibration'] == expected['calibration']
+    weights, straight = (load_file(folder / 'model.safetensors') for folder in (slim, on_two_ranks))
+    assert all(torch.equal(weights[name], value) for name, value in straight.items())

@@ -3,12 +3,19 @@
 import csv
 import json
 import math
+import re
+import shlex
+import shutil
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
 from omegaconf import OmegaConf
+from test_documents import block_under
 from tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -22,6 +29,7 @@ from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.training.config import find_yaml
 
 BARE = {'prompt': '{text}', 'label': 'label'}
 KINDS = {'billing': 'invoice', 'bug': 'crash', 'access': 'login', 'other': 'hello'}
@@ -33,6 +41,8 @@ TICKETS = {
     'may_be_empty': ['notes'],
 }
 LIMIT = 160
+FILES = {'train': range(140), 'val': range(140, 180), 'new': range(180, 200)}
+LONG = (5, 150, 190)  # one in each file
 
 
 def write(path, labels, kind='jsonl'):
@@ -183,26 +193,27 @@ def test_prepare_takes_the_labels_of_the_split_train(tmp_path, capsys):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Tickets and a tiny model that reads bytes."""
+    """200 tickets in three files, and a tiny model that reads bytes."""
     folder = tmp_path_factory.mktemp('own')
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder / 'model')
-    shape = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 1, 'num_attention_heads': 2}
-    config = LlamaConfig(**shape, vocab_size=len(tokenizer), pad_token_id=256, eos_token_id=256, bos_token_id=256)
+    shape: dict[str, Any] = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 1}
+    ends: dict[str, Any] = {'pad_token_id': 256, 'eos_token_id': 256, 'bos_token_id': 256}
+    torch.manual_seed(0)
+    config = LlamaConfig(**shape, **ends, num_attention_heads=2, vocab_size=len(tokenizer), initializer_range=0.3)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / 'model')
-    for name, count in (('train', 24), ('validation', 8)):
+    for name, indices in FILES.items():
         with (folder / f'{name}.csv').open('w', encoding='utf-8-sig', newline='') as file:
             lines = csv.writer(file, delimiter=';')
             lines.writerow(['ticket id', 'my text', 'notes', 'topic', 'why'])
-            lines.writerows(ticket(index) for index in range(count))
+            lines.writerows(map(ticket, indices))
     return folder
 
 
 def ticket(index):
     topic = list(KINDS)[max(0, index % 6 - 2)]
-    text = f'{KINDS[topic]} "{index}", \U0001f642 \u05e9\u05dc\u05d5\u05dd;\nplease' + ' help' * (
-        90 if index == 5 else 0
-    )
+    text = f'{KINDS[topic]} "{index}", \U0001f642 \u05e9\u05dc\u05d5\u05dd;\nplease'
+    text += ' help' * (900 if index in LONG else 0)
     return [f't{index}', text, '' if index % 3 else 'n', topic, f'It speaks of {topic}.' if index % 5 < 3 else '']
 
 
@@ -213,7 +224,7 @@ def config_of(folder, out, task, **more):
         'max_seq_len': LIMIT,
         'model': {'pretrained_model_name_or_path': str(folder / 'model'), 'class_weights': 'balanced'},
         'train_loader': {'source': str(folder / 'train.csv'), 'cache_dir': str(out / 'cache')},
-        'eval_loaders': {'validation': {'source': str(folder / 'validation.csv'), 'cache_dir': str(out / 'cache')}},
+        'eval_loaders': {'validation': {'source': str(folder / 'val.csv'), 'cache_dir': str(out / 'cache')}},
         'optimizer': {'name': 'adamw', 'lr': 0.001},
         'algorithms': {'auxiliary_reasoning_loss': {}},
         'callbacks': {'drop_reasoning_head': {'output_dir': '${output_dir}/slim'}},
@@ -229,34 +240,89 @@ def config_of(folder, out, task, **more):
     return load_config(out / 'run.yaml')
 
 
-def test_from_a_csv_to_predictions(folder, tmp_path, capsys):
-    train(config_of(folder, tmp_path / 'run', {**TICKETS, 'truncate': 'my text'}))
-    printed = capsys.readouterr().out
-    names = sorted(KINDS)
-    assert 'train_loader: 24 rows, 15 with a rationale: access 4 (17%), billing 12 (50%)' in printed
-    assert f'at {LIMIT} tokens: 1 inputs cut' in printed and printed.count('train_loader: ') == 1
-    assert 'warning: the rationale states the label in 15 rows: t0, t1, t2, t5' in printed
-    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+@pytest.fixture
+def workplace(folder, tmp_path, caches, monkeypatch):
+    """An empty folder but for the three files."""
+    (tmp_path / 'work').mkdir()
+    for name in FILES:
+        shutil.copy(folder / f'{name}.csv', tmp_path / 'work')
+    monkeypatch.chdir(tmp_path / 'work')
+
+
+def test_from_a_csv_to_predictions_by_the_commands_of_the_readme(folder, workplace, capsys, one_thread):
+    """As they stand there, but for the model."""
+    commands = block_under('README.md', 'Your own file', 'bash').replace('\\\n', ' ').splitlines()
+    assert len(commands) <= 4
+    printed = {}
+    for program, verb, *words in map(shlex.split, commands):
+        model = [f'model.pretrained_model_name_or_path={folder}/model'] if verb == 'train' else []
+        assert program == 'dhrd' and main([verb, *words, *model]) == 0, capsys.readouterr().err
+        printed[verb] = capsys.readouterr().out
+
+    names, kinds = sorted(KINDS), [ticket(index)[3] for index in FILES['train']]
+    shares = ', '.join(f'{name} {kinds.count(name)} ({kinds.count(name) / 140:.0%})' for name in names)
+    first, second, third = printed['train'].splitlines()[:3]
+    assert first == f'train_loader: 140 rows, 84 with a rationale: {shares}'
+    assert re.match(
+        r'tokens of the input: 42 at 50%, 44 at 95%, 4,5\d\d at 100%; .* at 512 tokens: 1 inputs cut', second
+    )
+    assert third.startswith('warning: the rationale states the label in 84 rows: t0, t1, t2, t5')
+    summary = json.loads(Path('runs/tickets/summary.json').read_text())
     assert [label['value'] for label in summary['config']['task']['labels']] == names
-    counts = Counter(ticket(index)[3] for index in range(24))
-    assert summary['config']['model']['class_weights'] == [24 / (4 * counts[name]) for name in names]
-    slim = tmp_path / 'run' / 'slim'
+    assert summary['config']['model']['class_weights'] == [140 / (4 * kinds.count(name)) for name in names]
+    slim = Path('runs/tickets/slim')
     assert json.loads((slim / 'config.json').read_text())['id2label'] == {str(i): n for i, n in enumerate(names)}
-    assert json.loads((slim / 'tokenizer_config.json').read_text())['model_max_length'] == LIMIT
-    # The long ticket is in the evaluation set too: cut alike, evaluation and prediction give what training did.
-    (tmp_path / 'own.yaml').write_text(json.dumps({**TICKETS, 'truncate': 'my text'}))
-    for task in ((), ('--task', str(tmp_path / 'own.yaml'))):
-        data = str(folder / 'validation.csv')
-        assert main(['evaluate', str(slim), data, *task, '--output', str(tmp_path / 'report')]) == 0
+    assert json.loads((slim / 'tokenizer_config.json').read_text())['model_max_length'] == 512
+    reached = summary['metrics']['validation']['MulticlassAccuracy']
+    assert printed['evaluate'].startswith(f'accuracy           {reached:.4f}\n')
+    for name, count in Counter(ticket(index)[3] for index in FILES['val']).items():
+        assert re.search(rf'^{name} +\S+ +\S+ +{count} ', printed['evaluate'], re.MULTILINE)
+
+    found = [json.loads(line) for line in printed['predict'].splitlines()]
+    assert [row['id'] for row in found] == [ticket(index)[0] for index in FILES['new']]
+    assert len({row['label'] for row in found}) > 1
+    for row in found:
+        assert [*row['probabilities']] == names and sum(row['probabilities'].values()) == pytest.approx(1, abs=1e-3)
+        assert row['label'] == max(names, key=row['probabilities'].__getitem__)
+
+
+def test_from_a_frame_to_predictions_by_the_script_of_the_document(folder, workplace):
+    """As it stands there, with a YAML of the same name but for the model."""
+    script = block_under('dhrd_plugin/data/README.md', 'From a frame to a classifier')
+    assert sum(bool(line.strip()) for line in script.splitlines()) <= 10
+    settings = {'base': str(find_yaml('yamls/rte.yaml')), 'model': {'pretrained_model_name_or_path': f'{folder}/model'}}
+    Path('yamls').mkdir()
+    OmegaConf.save(OmegaConf.create(settings), 'yamls/rte.yaml')
+    frames = [pd.read_csv(f'{name}.csv', sep=';') for name in FILES]
+    found = {'frame': pd.concat(frames[:2]), 'new': frames[2]}
+    exec(compile(script, 'README.md', 'exec'), found)
+    summary = json.loads(Path('runs/tickets/summary.json').read_text())
+    assert summary['rows'] == 140 and [*summary['metrics']] == ['validation']
+    slim, out = Path('runs/tickets/slim'), Path('out.jsonl')
+    assert main(['predict', str(slim), '--input', 'new.csv', '--output', str(out)]) == 0
+    assert found['labels'] == [json.loads(line)['label'] for line in out.read_text().splitlines()]
+    assert len(found['labels']) == 20 and set(found['labels']) <= set(KINDS)
+
+
+def test_what_is_too_long_is_cut_alike_in_evaluation_and_prediction(folder, tmp_path, capsys):
+    """Whether the export or a file gives the task."""
+    task = {**TICKETS, 'truncate': 'my text'}
+    train(config_of(folder, tmp_path / 'run', task))
+    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    slim, data = str(tmp_path / 'run' / 'slim'), str(folder / 'val.csv')
+    (tmp_path / 'own.yaml').write_text(json.dumps(task))
+    for words in ((), ('--task', str(tmp_path / 'own.yaml'))):
+        assert main(['evaluate', slim, data, *words, '--output', str(tmp_path / 'report')]) == 0
     report = json.loads((tmp_path / 'report' / 'report.json').read_text())
     reached = summary['metrics']['validation']['MulticlassAccuracy']
     assert math.isclose(report['metrics']['accuracy'], reached, abs_tol=1e-6)
     capsys.readouterr()
-    assert main(['predict', str(slim), '--input', str(folder / 'validation.csv')]) == 0
+    assert main(['predict', slim, '--input', data]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     told = [json.loads(line) for line in (tmp_path / 'report' / 'predictions.jsonl').read_text().splitlines()]
-    assert len(lines) == 8 and {name for line in lines for name in line['probabilities']} == set(names)
     assert [line['label'] for line in lines] == [row['prediction'] for row in told]
+    for line, row in zip(lines, told, strict=True):
+        assert line['probabilities'] == pytest.approx(row['probabilities'], abs=1e-4)
 
 
 @pytest.mark.parametrize('loader', ['train_loader', 'eval_loaders.validation'])
@@ -270,10 +336,10 @@ def test_a_text_too_long_is_told_before_the_first_step(folder, tmp_path, loader)
         more = {}
     config = config_of(folder, tmp_path / 'run', task, global_train_batch_size=1, **more)
     config.model.class_weights = None
-    rows = 8 if more else 24
+    rows, first = (40, 't150') if more else (140, 't5')
     with pytest.raises(UserError) as error:
         train(config)
-    assert f'{loader}: row t5: input_text: found ' in str(error.value)
+    assert f'{loader}: row {first}: input_text: found ' in str(error.value)
     assert f'which 1 of {rows} inputs are longer than' in str(error.value) and 'truncate: FIELD' in str(error.value)
 
 
