@@ -221,8 +221,8 @@ def test_it_can_be_sent_to_worker_processes():
         ([row(answer=1)], {}, 'row 0, field answer: found 1; expected text'),
         (
             [row()],
-            labelled(torch.tensor([[0, 1, 1]])),
-            'row 0: labels: found [0, 1, 1]; expected the index of one class',
+            labelled(torch.tensor([[0, 2, 1]])),
+            'row 0: labels: found [0, 2, 1]; expected the index of one class, or a zero or one for each',
         ),
         ([row()], labelled(torch.tensor([[0.0, 1.0]])), 'row 0: labels: found [0.0, 1.0]; expected the index of one'),
         ([row()], labelled(torch.tensor([0.7])), 'row 0: labels: found 0.699'),
