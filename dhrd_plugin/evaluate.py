@@ -25,7 +25,7 @@ from dhrd_plugin.export.classify import predict_on_ranks
 from dhrd_plugin.export.load import Classifier, named, open_classifier, runtime_for
 from dhrd_plugin.metrics import build_metrics
 from dhrd_plugin.predict import add_speed
-from dhrd_plugin.problem_type import MULTI_LABEL, SINGLE_LABEL, answers, each_by_itself
+from dhrd_plugin.problem_type import MULTI_LABEL, SINGLE_LABEL, decide, each_by_itself
 from dhrd_plugin.streams.index import INDEX
 from dhrd_plugin.streams.remote import is_remote
 
@@ -127,10 +127,9 @@ def predict_rows(
 def _check_kind(classifier: Classifier, task: Task, model: str | Path) -> None:
     """Refuse rows of one label where the classifier gives several, and the other way round."""
     if classifier.multi_label != task.multi_label:
-        found, wanted = (
-            MULTI_LABEL if several else SINGLE_LABEL for several in (task.multi_label, classifier.multi_label)
-        )
-        raise UserError(f'task {task.name}: problem_type: found {found}; expected {wanted}, that of {model}')
+        wanted = MULTI_LABEL if classifier.multi_label else SINGLE_LABEL
+        found = f'task {task.name}: problem_type: found {task.problem_type}'
+        raise UserError(f'{found}; expected {wanted}, that of {model}')
 
 
 def label_order(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
@@ -195,9 +194,8 @@ def _target(row: Triplet, names: Sequence[str]) -> int | list[int]:
 
 
 def _metrics(probabilities: Tensor, labels: Tensor, rows: Sequence[Triplet], task: Task) -> dict[str, float]:
-    names = list(
-        dict.fromkeys([*task.metrics, *(MULTI_LABEL_METRICS if task.multi_label else ('accuracy', 'macro_f1'))])
-    )
+    always = MULTI_LABEL_METRICS if task.multi_label else ('accuracy', 'macro_f1')
+    names = list(dict.fromkeys([*task.metrics, *always]))
     index_of = {group: index for index, group in enumerate(dict.fromkeys(row['group'] for row in rows))}
     groups = torch.tensor([index_of[row['group']] for row in rows])
     found = {}
@@ -264,7 +262,7 @@ def _most_frequent(names: Sequence[str], counts: Sequence[int], most: int = 3) -
 def predictions(probabilities: Tensor, rows: Sequence[Triplet], task: Task) -> Iterator[dict[str, Any]]:
     """Yield ``id``, ``group``, ``label``, ``prediction`` and ``probabilities`` (by label) of each row, in its order."""
     names = list(task.label_names)
-    found = named(answers(probabilities, task.multi_label), names)
+    found = named(decide(probabilities, task.multi_label), names)
     for row, prediction, values in zip(rows, found, probabilities.tolist()):
         yield {
             'id': row['id'],
@@ -299,11 +297,11 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
 
 def _draw_coverage(rows: Sequence[Mapping[str, Any]], axes: Any) -> None:
     """Draw the error of the rows that are kept over their share, each threshold of the confidence a point."""
-    kept = [row for row in rows if row['rows']]
+    kept = [*{row['share']: row for row in rows if row['rows']}.values()]  # of thresholds that all reach, the highest
     axes.plot([row['share'] for row in kept], [row['error'] for row in kept], marker='o')
     for row in kept:
         axes.annotate(f'{row["confidence"]:g}', (row['share'], row['error']), (4, 4), textcoords='offset points')
-    axes.set(xlabel='share of rows of this confidence and more', ylabel='their error', xlim=(0, 1.05))
+    axes.set(xlabel='share of rows of this confidence and more', ylabel='their error', xlim=(0, 1.12))
     axes.set_ylim(bottom=0)
     axes.set_title('coverage and error')
 

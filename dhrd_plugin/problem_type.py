@@ -24,7 +24,7 @@ def to_probabilities(logits: Tensor, multi_label: bool = False) -> Tensor:
     return logits.float().sigmoid() if multi_label else logits.float().softmax(-1)
 
 
-def answers(probabilities: Tensor, multi_label: bool = False) -> Tensor:
+def decide(probabilities: Tensor, multi_label: bool = False) -> Tensor:
     """The answers to [N, K] probabilities: [N], the most probable class, or [N, K], each class's yes or no."""
     return probabilities >= THRESHOLD if multi_label else probabilities.argmax(-1)
 

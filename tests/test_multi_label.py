@@ -9,13 +9,14 @@ import pytest
 import torch
 from configs import config_from
 from sklearn.metrics import accuracy_score, f1_score
-from tiny import WORDS, tiny_lm, tiny_tokenizer
-from torch.nn.functional import binary_cross_entropy_with_logits
+from tiny import LABELS, WORDS, exact, of_several, relative_error, tiny_classifier, tiny_lm, tiny_tokenizer, triplets
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, pipeline
 
 from dhrd_plugin import RationaleCollator, TripletCollator, load_classifier, train, write_triplets
 from dhrd_plugin.calibration import calibrate
 from dhrd_plugin.cli import main
+from dhrd_plugin.data.data_spec import split_by_length
 from dhrd_plugin.data.inspect import inspect_set
 from dhrd_plugin.data.labels import with_labels
 from dhrd_plugin.data.prepare import write_rows
@@ -174,6 +175,29 @@ def test_the_loss_is_that_of_transformers_row_by_row():
         assert row == pytest.approx(
             float(binary_cross_entropy_with_logits(expected_logits, smooth, pos_weight=weights))
         )
+
+
+def test_the_gradient_is_that_of_the_rows_alone_however_a_batch_is_cut():
+    model = exact(tiny_classifier(multi_label=True))
+    rows = of_several(triplets(7))
+    batch = TripletCollator(model.tokenizer, LABELS, multi_label=True)(rows)
+
+    def gradient(losses):
+        model.zero_grad()
+        sum(losses).backward()
+        return {name: p.grad.clone() for name, p in model.network.named_parameters() if p.grad is not None}
+
+    def alone(row):
+        ids = torch.tensor([model.tokenizer(row['input_text'])['input_ids']])
+        logits = model.network(ids, torch.ones_like(ids)).logits[0]
+        terms = [-logsigmoid(z if name in row['label'] else -z) for name, z in zip(LABELS, logits)]
+        return sum(terms) / len(LABELS) / len(rows)
+
+    expected = gradient([alone(row) for row in rows])
+    for size in (7, 3):
+        parts = split_by_length(batch, size)
+        found = gradient([model.loss(model(part), part) * len(part['labels']) / len(rows) for part in parts])
+        assert relative_error(found, expected) < 1e-9
 
 
 @pytest.fixture

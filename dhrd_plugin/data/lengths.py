@@ -87,7 +87,7 @@ def describe(place: object, summary: Mapping[str, Any]) -> Iterator[str]:
     yield f'{place}: {rows:,} rows in {count:,} shard{"s" * (count > 1)}, {summary["bytes"]:,} bytes{speed}'
     if 'hashes' in summary:
         yield f'  hashes checked: {", ".join(sorted(summary["hashes"])) or "none: the index holds none"}'
-    yield f'  labels: {shares(summary["labels"])}'
+    yield f'  labels: {shares(summary["labels"], rows)}'
     several = f' ({summary["several"]:,} with several)' if 'several' in summary else ''
     yield f'  rationales: {rows - without:,} rows with{several}, {without:,} without'
     if told := summary.get('with_probabilities'):
@@ -104,10 +104,9 @@ def describe(place: object, summary: Mapping[str, Any]) -> Iterator[str]:
         yield f'  warning: {leaks}'
 
 
-def shares(labels: Mapping[str, int], most: int = 20) -> str:
-    """``yes 30 (75%), no 10 (25%)``: how many rows have which label, the first ``most`` of them."""
-    total = max(1, sum(labels.values()))
-    named = [f'{name or "(none)"} {count:,} ({count / total:.0%})' for name, count in labels.items()]
+def shares(labels: Mapping[str, int], rows: int, most: int = 20) -> str:
+    """``yes 30 (75%), no 10 (25%)``: how many of the rows have which label, the first ``most`` of them."""
+    named = [f'{name or "(none)"} {count:,} ({count / max(1, rows):.0%})' for name, count in labels.items()]
     return ', '.join(named[:most]) + (f' and {len(named) - most:,} more' if len(named) > most else '')
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.export.onnx import OnnxClassifier
 from dhrd_plugin.losses import IGNORE_INDEX
-from dhrd_plugin.problem_type import answers, is_known, is_multi_label, to_probabilities
+from dhrd_plugin.problem_type import decide, is_known, is_multi_label, to_probabilities
 
 NAME = 'model-int8.onnx'
 ROWS = 128  # that the two are compared on
@@ -102,10 +102,8 @@ def compare(fp32: OnnxClassifier, int8: OnnxClassifier, rows: Sequence[Row], row
     if not second.isfinite().all():
         raise UserError('int8: found probabilities that are not finite')
     labels = torch.stack([label for _, label in rows])
-    known, found = (
-        is_known(labels, IGNORE_INDEX),
-        [answers(part, is_multi_label(fp32.config)) for part in (first, second)],
-    )
+    known, several = is_known(labels, IGNORE_INDEX), is_multi_label(fp32.config)
+    found = [decide(part, several) for part in (first, second)]
     right = [float(_alike(answer, labels)[known].float().mean()) for answer in found]
     return Difference(
         len(rows),

@@ -20,7 +20,7 @@ from dhrd_plugin.export.classify import predict_texts
 from dhrd_plugin.export.int8 import NAME as INT8
 from dhrd_plugin.export.onnx import NAME, OnnxClassifier
 from dhrd_plugin.models.build import load_slim
-from dhrd_plugin.problem_type import answers, confidence, is_multi_label
+from dhrd_plugin.problem_type import confidence, decide, is_multi_label
 from dhrd_plugin.streams.remote import is_remote
 
 RUNTIMES = ('torch', 'onnx')
@@ -84,7 +84,7 @@ class Classifier:
         ``None`` where that label, or any yes or no of the list, is less probable than ``abstain``.
         """
         sure = (confidence(probabilities.double(), self.multi_label) >= (abstain or 0)).tolist()
-        found = named(answers(probabilities, self.multi_label), self.label_names)
+        found = named(decide(probabilities, self.multi_label), self.label_names)
         return [label if known else None for label, known in zip(found, sure, strict=True)]
 
 

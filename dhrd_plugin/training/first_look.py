@@ -73,7 +73,7 @@ def _look(rows: StreamRows, key: str, collator: TripletCollator, limit: int) -> 
         )
     summary = summarise(merge(findings), 'the run', limit)
     some = f' of {len(rows):,}, the first' if count < len(rows) else ''
-    head = f'{key}: {count:,} rows{some}, {with_rationale:,} with a rationale: {shares(labels)}'
+    head = f'{key}: {count:,} rows{some}, {with_rationale:,} with a rationale: {shares(labels, count)}'
     leaks = describe_leaks(summary)
     return [head, '; '.join(describe_lengths(summary)), *([f'warning: {leaks}'] if leaks else [])]
 
