@@ -220,7 +220,9 @@ def test_rows_that_are_left_out_or_made_up(read, made, tmp_path, count):
 
 ROWS = {
     'a label that is a number': ({'label': 'int'}, {'label': 1}, 'row 1, field label: found 1; expected text'),
-    'a label that is a list': ({'label': 'json'}, {'label': ['no']}, 'row 1, field label: found ["no"]; expected text'),
+    'a label that is an object': ({'label': 'json'}, {'label': {}}, 'row 1, field label: found {}; expected text'),
+    'labels that are numbers': ({'label': 'json'}, {'label': ['no', 5]}, 'row 1, field label: found 5; expected text'),
+    'a label twice': ({'label': 'json'}, {'label': ['no', 'no']}, 'found ["no", "no"]; expected each class once'),
     'a text that is an object': ({'input_text': 'json'}, {'input_text': {}}, 'field input_text: found {}; expected'),
     'a rationale of numbers': ({'rationale': 'json'}, {'rationale': ['r', 5]}, 'field rationale: found 5; expected'),
     'a lone surrogate': ({'rationale': 'json'}, {'rationale': '\ud800'}, 'field rationale: is not valid Unicode'),
