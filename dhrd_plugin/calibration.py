@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from dhrd_plugin.problem_type import each_by_itself
+
 BINS = 15  # of the calibration error and the reliability curve
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # of the confidence, for coverage and error
 BOUNDS = (0.1, 100.0)  # of the temperature: rows that are all right would have it go to 0
@@ -46,8 +48,7 @@ def calibrate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """
     rows = len(labels)
     if labels.ndim > 1:  # sigmoid(z) is the softmax of 0 and z
-        flat = logits.flatten()
-        logits, labels = torch.stack([torch.zeros_like(flat), flat], -1), labels.flatten().long()
+        logits, labels = each_by_itself(torch.zeros_like(logits), logits, labels)
     temperature = fit_temperature(logits, labels)
     return {
         'temperature': temperature,

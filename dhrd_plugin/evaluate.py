@@ -156,13 +156,12 @@ def evaluate(
         temperature: that the classifier's logits were divided by when it was calibrated. Default: it was not.
 
     Returns:
-        ``rows``, their number; ``label_names``; ``task_metrics``, the names of the task's own metrics (PAPER,
-        Table 4); ``metrics``, these, accuracy and macro-F1; ``classes``, precision, recall and support of each;
+        ``rows``, their number; ``label_names``; ``task_metrics``, the names of the task's own metrics (PAPER, Table
+        4); ``metrics``, these, accuracy and macro-F1; ``classes``, precision, recall and support of each;
         ``confusion`` [K, K], rows are the true classes, of several labels [K, 2, 2], each class's no and yes;
-        ``calibration``, the expected calibration error and,
-        for each of 15 bins of the confidence that has rows, its mean, the accuracy, and the number of rows; of a
-        calibrated classifier also ``before``, its ``temperature`` and the error without it; ``coverage``, of
-        :func:`~dhrd_plugin.calibration.coverage`.
+        ``calibration``, the expected calibration error and, for each of 15 bins of the confidence that has rows,
+        its mean, the accuracy, and the number of rows; of a calibrated classifier also ``before``, its
+        ``temperature`` and the error without it; ``coverage``, of :func:`~dhrd_plugin.calibration.coverage`.
     """
     names = list(task.label_names)
     labels = torch.tensor([_target(row, names) for row in rows])
@@ -170,7 +169,7 @@ def evaluate(
     kind = MultilabelConfusionMatrix if task.multi_label else MulticlassConfusionMatrix
     confusion = kind(len(names), **HERE)(probabilities, labels)
     if task.multi_label:  # a class's yes or no is what can be trusted, or not
-        probabilities, labels = each_by_itself(probabilities, labels)
+        probabilities, labels = each_by_itself(1 - probabilities, probabilities, labels)
     calibration = {'ece': calibration_error(probabilities, labels), 'bins': reliability(probabilities, labels)}
     if temperature is not None:
         before = calibration_error(at_temperature(probabilities, 1 / temperature), labels)

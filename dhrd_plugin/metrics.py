@@ -90,19 +90,16 @@ def build_metrics(names: Iterable[str], num_labels: int, multi_label: bool = Fal
     Returns:
         One metric for each name, in their order.
     """
-    makers: dict[str, Any] = {
+    one_label: dict[str, Any] = {
+        'accuracy': lambda: MulticlassAccuracy(num_classes=num_labels, average='micro', **options),
+        'macro_f1': lambda: MulticlassF1Score(num_classes=num_labels, average='macro', **options),
+        'f1a': lambda: AnswerF1(**options),
+        'em': lambda: ExactMatch(**options),
+    }
+    several: dict[str, Any] = {
         'micro_f1': lambda: MultilabelMicroF1(num_labels, **options),
         'macro_f1': lambda: MultilabelMacroF1(num_labels, **options),
         'exact_match': lambda: MultilabelExactMatch(num_labels, **options),
     }
-    makers = (
-        makers
-        if multi_label
-        else {
-            'accuracy': lambda: MulticlassAccuracy(num_classes=num_labels, average='micro', **options),
-            'macro_f1': lambda: MulticlassF1Score(num_classes=num_labels, average='macro', **options),
-            'f1a': lambda: AnswerF1(**options),
-            'em': lambda: ExactMatch(**options),
-        }
-    )
+    makers = several if multi_label else one_label
     return [makers[name]() for name in names]

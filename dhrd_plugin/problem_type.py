@@ -40,15 +40,15 @@ def is_known(labels: Tensor, ignored: int) -> Tensor:
     return known.all(-1) if labels.ndim > 1 else known
 
 
-def each_by_itself(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def each_by_itself(no: Tensor, yes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Every class of every row as a row of two classes, no and yes.
 
     Args:
-        probabilities: [N, K], of each class for itself.
+        no: [N, K] probabilities or logits of a class that is not there.
+        yes: [N, K], likewise, of one that is.
         labels: [N, K] zeros and ones.
 
     Returns:
-        [N * K, 2] probabilities and [N * K] class indices.
+        [N * K, 2] probabilities or logits, and [N * K] class indices.
     """
-    flat = probabilities.flatten()
-    return torch.stack([1 - flat, flat], -1), labels.flatten().long()
+    return torch.stack([no.flatten(), yes.flatten()], -1), labels.flatten().long()

@@ -84,14 +84,14 @@ class TripletCollator:
         multi_label: a row's ``label`` is a list of class names, any number of them (ours). Default: ``False``.
 
     Returns (of a call):
-        ``input_ids``, ``attention_mask`` [B, S]; ``pool_index``, ``labels`` [B], of a multi-label task [B, K] zeros and
-        ones, fp32; ``spans``, B tuples that say on the
-        host where a row begins, its input and it end, and how many tokens are supervised; and only where a
-        row of the batch asks for it ``reasoning_labels`` [B, S], -100 where unsupervised, and
-        ``rationale_cut`` [B], tokens cut (where the empty rationale does not fit, those of marker and
-        answer). Where a row has ``probabilities``, ``label_probabilities`` [B, K], 0 in the other rows; such a row may
-        lack a label, which is -100 then. With ``groups`` also ``group`` [B], see :func:`group_index`; with
-        ``weights`` also ``reasoning_weight`` and, for both, ``classification_weight`` [B].
+        ``input_ids``, ``attention_mask`` [B, S]; ``pool_index``, ``labels`` [B], of a multi-label task [B, K] zeros
+        and ones, fp32; ``spans``, B tuples that say on the host where a row begins, its input and it end, and how
+        many tokens are supervised; and only where a row of the batch asks for it ``reasoning_labels`` [B, S], -100
+        where unsupervised, and ``rationale_cut`` [B], tokens cut (where the empty rationale does not fit, those of
+        marker and answer). Where a row has ``probabilities``, ``label_probabilities`` [B, K], 0 in the other rows;
+        such a row may lack a label, which is -100 then. With ``groups`` also ``group`` [B], see
+        :func:`group_index`; with ``weights`` also ``reasoning_weight`` and, for both, ``classification_weight``
+        [B].
 
     Raises:
         UserError: an input longer than ``max_seq_len``, an input, rationale or answer that is no text, a label outside

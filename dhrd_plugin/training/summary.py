@@ -107,11 +107,10 @@ def finish(
         print(f'log: {log}')
     if config.save_folder is not None:
         print(f'checkpoints: {format_name_with_dist(config.save_folder, config.run_name)}')
+    answer = 'labels for every row: micro F1 {:.4f}' if several else 'label for every row: {:.4f} right'
     for label, metrics in summary['metrics'].items():
         values = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
-        constant = summary['most_frequent'][label]
-        told = f'labels for every row: micro F1 {constant:.4f}'
-        told = told if several else f'label for every row: {constant:.4f} right'
+        told = answer.format(summary['most_frequent'][label])
         print(f'{label}: {values} (the same {told})')
     print(f'summary: {path}')
     if tracked := mlflow_run(trainer.logger):
@@ -173,7 +172,7 @@ def most_frequent(streams: Sequence[TripletStream]) -> float:
 
 def best_constant_f1(streams: Sequence[TripletStream]) -> float:
     """The best micro F1 of an evaluation set of several labels with the same ones, the most frequent, for every row."""
-    rows = sum(len(StreamRows([stream])) for stream in streams)
+    rows = len(StreamRows(streams))
     counts = [count for _, count in count_labels(streams).most_common()]
     found, total = 0.0, sum(counts)
     for size, right in enumerate(accumulate(counts), 1):
