@@ -58,6 +58,21 @@ def attention(
     window, offsets = kwargs.get('sliding_window'), attention_mask[0, 0, 0]
     if one_kernel(query, value):
         return _flash(query, key, value, offsets, attention_mask.shape[2], dropout, scaling, window), None
+    return _row_by_row(module, query, key, value, offsets, dropout, scaling, window), None
+
+
+@torch.compiler.disable  # compiled, every batch of other lengths would be a graph of its own
+def _row_by_row(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """[1, T, heads, D] of all rows, each by itself."""
     lengths = offsets.diff().tolist()
     rows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)))
     outputs = []
@@ -67,7 +82,7 @@ def attention(
         mask = None if window is None or length <= window else _band(length, window, query.device)
         options = {'dropout': dropout, 'scaling': scaling, 'is_causal': mask is None}
         outputs.append(sdpa_attention_forward(module, *row, mask, **options)[0])  # pyright: ignore
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 def one_kernel(query: Tensor, value: Tensor) -> bool:

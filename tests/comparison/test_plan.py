@@ -16,8 +16,8 @@ DATA = 'variables.data=../shared/data'  # by which the committed results were ma
 LEFT_OUT = ('dhrd_paper_0.3', 'label_first_0.01', 'shuffled_rationales_0.3', 'shuffled_tokens_0.3', 'one_rationale_0.3')
 FIVE = ['seeds=[17,18,19,20,21]', *(f'arms.{arm}=null' for arm in LEFT_OUT)]
 # The folder in results, the YAML, and the overrides.
-COMMITTED = [(path.stem, path.stem, []) for path in sorted((ROOT / 'yamls/compare').glob('*.yaml'))]
-COMMITTED += [('esnli_five', 'esnli', FIVE)]
+NAMES = sorted(path.parent.name for path in (ROOT / 'results').glob(f'*/{RESULTS}'))
+COMMITTED = [(name, 'esnli', FIVE) if name == 'esnli_five' else (name, name, []) for name in NAMES]
 
 
 @pytest.fixture(scope='module')

@@ -73,6 +73,9 @@ def speed():
         (False, 'padded', 256, True),
         (False, 'padded', 64, False),
         (False, 'one kernel', 64, False),
+        (False, 'compiled', 64, True),
+        (False, 'compiled', 256, True),
+        (False, 'compiled', 512, True),
         *((True, way, 64, True) for way in WAYS),
         (False, 'one kernel', 8, True),
         (False, 'padded', 8, True),
@@ -82,12 +85,18 @@ def speed():
         what |= {'way': way, 'rows': size, 'reasoning': reasoning}
         if way == 'one kernel' and not on_gpu():
             continue
+        model = step = weights = batches = None  # the next one needs the memory
         with told('speed', **what), tf32(True), way_of(way) as free:  # as Composer's Trainer allows it
             model = classifier(task, tok, padding_free=free, lora=lora)
+            if way == 'compiled':
+                model.network.compile_blocks()
             weights = [p for p in model.parameters() if p.requires_grad]
             step = stepper(model, torch.optim.AdamW(weights, lr=1e-5, fused=on_gpu()), on_gpu(), reasoning)
             batches = list(itertools.islice(collated(task, tok, found, size).dataloader, 4))
+            start = time.perf_counter()
             step(batches[0])
+            sync()
+            first = time.perf_counter() - start  # compiled, most of it the compiler's
             held = peak_mib(lambda: step(batches[0]))
             turn = itertools.cycle(batches)
             ms = median_ms(lambda: step(next(turn)), 1.0, 4, 60)
@@ -96,7 +105,9 @@ def speed():
             host = 1000 * (time.perf_counter() - start)
             sync()
             counted = batches if reasoning else [_inputs(batch) for batch in batches]
-            emit('speed', **what, ms=ms, host_ms=host, peak_mib=held, **figures(model, counted, ms, lora))
+            emit(
+                'speed', **what, ms=ms, host_ms=host, first_s=first, peak_mib=held, **figures(model, counted, ms, lora)
+            )
 
 
 def _inputs(batch):

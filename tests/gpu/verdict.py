@@ -1,12 +1,13 @@
-"""The verdict on e-SNLI (yamls/compare/esnli.yaml) on one GPU: its cells by many processes that each start only once.
+"""Comparisons of yamls/compare on one GPU: their cells by many processes that each start only once.
 
-    python tests/gpu/verdict.py --sweep 150 --verdict 240 --workers 16 --out OUT [variables.rows=FOLDER]
+    python tests/gpu/verdict.py --sweep 150 --verdict 240 --workers 16 --out OUT [KEY=VALUE ...]
+    python tests/gpu/verdict.py --sweep 0 --verdict 120 --plans creak sample --out OUT
 
 The first stage runs esnli_lr.yaml and chooses each arm's learning rate, that of the best mean over the seeds on the dev
-rows; the second runs esnli.yaml with these. OUT/NAME holds a comparison's plan and results, which ``dhrd compare
---report`` reads. Unlike there, exports are evaluated in TF32, and no picture of them is drawn. Each stage
-ends when its seconds are over; cells come one seed of all arms after another. Overrides are those of ``dhrd compare``,
-for both comparisons; ``tasks.*`` stands for each task.
+rows; the second runs esnli.yaml with these. Other plans run as they are. OUT/NAME holds a comparison's plan and results,
+which ``dhrd compare --report`` reads. Unlike there, exports are evaluated in TF32, and no picture of them is drawn. Each
+comparison ends when its seconds are over; cells come one seed of all arms after another. Overrides are those of ``dhrd
+compare``, for all of them; ``tasks.*`` stands for each task.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-PLANS = 'esnli_lr', 'esnli'  # of the two stages
+SWEEP, SWEPT = 'esnli_lr', 'esnli'
 LIKE = 'label_first_0.3'  # whose learning rate the arms take that vary it
 VARIED = 'label_first_0.01', 'shuffled_rationales_0.3', 'shuffled_tokens_0.3', 'one_rationale_0.3'
 
@@ -43,11 +44,11 @@ def main() -> None:
     try:
         overrides = list(args.overrides)
         if args.sweep:
-            chosen = pick(run_stage(args, PLANS[0], overrides, args.sweep, todo, done, workers))
+            chosen = pick(run_stage(args, SWEEP, overrides, args.sweep, todo, done, workers))
             overrides += [f'arms.{arm}.optimizer.lr={rate}' for arm, rate in chosen.items()]
             overrides += [f'arms.{arm}.optimizer.lr={chosen[LIKE]}' for arm in VARIED if LIKE in chosen]
-        if args.verdict:
-            run_stage(args, PLANS[1], overrides, args.verdict, todo, done, workers)
+        for name in args.plans if args.verdict else ():
+            run_stage(args, name, overrides if name == SWEPT else args.overrides, args.verdict, todo, done, workers)
     finally:
         for worker in workers:
             worker.kill()
@@ -56,9 +57,10 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument('overrides', nargs='*', help='key=value, of both comparisons')
+    parser.add_argument('overrides', nargs='*', help='key=value, of all comparisons')
     parser.add_argument('--sweep', type=float, default=150, metavar='S', help='seconds of the first stage; 0: none')
-    parser.add_argument('--verdict', type=float, default=240, metavar='S', help='seconds of the second; 0: none')
+    parser.add_argument('--verdict', type=float, default=240, metavar='S', help='of each comparison; 0: none')
+    parser.add_argument('--plans', nargs='+', default=[SWEPT], metavar='NAME', help='of yamls/compare; default: esnli')
     parser.add_argument('--workers', type=int, default=16)
     parser.add_argument('--out', type=Path, required=True, help='for plans and results')
     parser.add_argument('--scratch', type=Path, default=Path('/tmp/verdict'), help='for cells, which are removed')

@@ -121,3 +121,20 @@ def test_compiled_blocks_are_one_graph_for_all_lengths(network):
         assert relative_error(gradients, wanted) < 1e-6
     assert not counters['graph_break']
     assert counters['stats']['unique_graphs'] == 2  # for the first length, then for any
+
+
+def test_compiled_blocks_run_row_by_row():
+    """The way of a CPU: no graph can know the lengths, so the graphs stop before attention and go on behind it."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = DualHeadNetwork(tiny_lm(), len(LABELS), chunk_size=5, padding_free=True)
+    compiled = copy.deepcopy(network)
+    compiled.compile_blocks(backend='aot_eager')
+    collate, rows, graphs = TripletCollator(tiny_tokenizer(), LABELS), triplets(40), []
+    for start in range(0, 40, 8):
+        batch = collate(rows[start : start + 8])
+        (found, gradients), (expected, wanted) = step(compiled, batch, True), step(network, batch, True)
+        torch.testing.assert_close(found, expected)
+        assert relative_error(gradients, wanted) < 1e-6
+        graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert graphs[1:] == graphs[1:2] * 4  # those for the first length, then those for any
