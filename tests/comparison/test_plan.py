@@ -17,7 +17,8 @@ LEFT_OUT = ('dhrd_paper_0.3', 'label_first_0.01', 'shuffled_rationales_0.3', 'sh
 FIVE = ['seeds=[17,18,19,20,21]', *(f'arms.{arm}=null' for arm in LEFT_OUT)]
 # The folder in results, the YAML, and the overrides.
 NAMES = sorted(path.parent.name for path in (ROOT / 'results').glob(f'*/{RESULTS}'))
-COMMITTED = [(name, 'esnli', FIVE) if name == 'esnli_five' else (name, name, []) for name in NAMES]
+OTHERWISE = {'esnli_five': ('esnli', FIVE), 'sample': ('sample', ['variables.data=data'])}
+COMMITTED = [(name, *OTHERWISE.get(name, (name, []))) for name in NAMES]
 
 
 @pytest.fixture(scope='module')

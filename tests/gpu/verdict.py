@@ -4,10 +4,10 @@
     python tests/gpu/verdict.py --sweep 0 --verdict 120 --plans creak sample --out OUT
 
 The first stage runs esnli_lr.yaml and chooses each arm's learning rate, that of the best mean over the seeds on the dev
-rows; the second runs esnli.yaml with these. Other plans run as they are. OUT/NAME holds a comparison's plan and results,
-which ``dhrd compare --report`` reads. Unlike there, exports are evaluated in TF32, and no picture of them is drawn. Each
-comparison ends when its seconds are over; cells come one seed of all arms after another. Overrides are those of ``dhrd
-compare``, for all of them; ``tasks.*`` stands for each task.
+rows; the second runs esnli.yaml with these. Other plans run as they are. OUT/NAME holds a comparison's plan and
+results, which ``dhrd compare --report`` reads. Unlike there, exports are evaluated in TF32, and no picture of them is
+drawn. Each comparison ends when its seconds are over; cells come one seed of all arms after another. Overrides are
+those of ``dhrd compare``, for all of them; ``tasks.*`` stands for each task.
 """
 
 import argparse
