@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from dhrd_plugin import files, ranks
 from dhrd_plugin.calibration import BINS, at_temperature, calibration_error, coverage, reliability
 from dhrd_plugin.cli import Parser, run
 from dhrd_plugin.data.inspect import read_shards
-from dhrd_plugin.data.tasks import MULTI_LABEL_METRICS, Task, load_task, named_labels
+from dhrd_plugin.data.tasks import MULTI_LABEL_METRICS, Task, load_task, named_labels, with_found_labels
 from dhrd_plugin.data.texts import Text
 from dhrd_plugin.data.triplet import Triplet, counted_as
 from dhrd_plugin.data.triplets import read_triplets
@@ -78,7 +77,7 @@ def report_on(
         raise UserError(f'--task: missing; {model} has none stored with it')
     template = load_task(spec)
     if not template.labels:  # a template that leaves them to the training rows
-        template = replace(template, labels=named_labels(load_task(classifier.task or spec)).labels)
+        template = with_found_labels(template, named_labels(load_task(classifier.task or spec)).labels, '--task')
     label_order(classifier.label_names, template.label_names)
     _check_kind(classifier, template, model)
     rows = [row for place in data for row in _checked(read_data(place, template, split), template, place)]

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from dhrd_plugin.data.rows import (
     read_rows,
     source_file,
 )
-from dhrd_plugin.data.tasks import Label, Task, as_whole, build_labels
+from dhrd_plugin.data.tasks import Label, Task, as_whole, build_labels, with_found_labels
 from dhrd_plugin.data.triplet import BadRow, spell
 from dhrd_plugin.errors import UserError, nearest
 
@@ -51,7 +50,7 @@ def with_labels(
         return task
     if str(source).startswith('hub:'):
         found = task_of_rows(task.for_hub(), read_hub(str(source), task, split), str(source), True, on_bad)
-        return replace(task, labels=found.labels)
+        return with_found_labels(task, found.labels, str(source))
     path = source_file(source, split)
     return task_of_rows(task, read_rows(path, on_bad, max_row_bytes), str(path), kind_of(path) != '.csv', on_bad)
 
@@ -71,7 +70,7 @@ def task_of_rows(task: Task, rows: Iterable[Row], where: str, typed: bool = True
             raise UserError(f'{where}: found more than {MOST:,} labels, such as {some}; expected classes')
     if not values and task.label not in fields:
         raise UserError(f'{where}: is in no row; {nearest(task.label, fields)}')
-    return replace(task, labels=labels_of(values.values(), where, typed))
+    return with_found_labels(task, labels_of(values.values(), where, typed), where)
 
 
 def labels_of(values: Iterable[Any], where: str, typed: bool = True) -> tuple[Label, ...]:

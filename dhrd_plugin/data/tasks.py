@@ -316,7 +316,7 @@ def load_task(spec: str | Path | Mapping[str, Any] | Task) -> Task:
     if isinstance(spec, Task):
         return spec
     if isinstance(spec, Mapping):
-        return _from_mapping(spec, f'task {spec.get("name", "")}')
+        return _from_mapping(spec, f'task {spec["name"]}' if spec.get('name') else 'task')
     if not isinstance(spec, str | Path):
         raise UserError(f'task: found {spell(spec)}; expected a name, the path of a template, or a mapping of its keys')
     path = TEMPLATES / f'{spec}.yaml' if str(spec) in task_names() else Path(spec)
@@ -482,6 +482,13 @@ def build_labels(items: Iterable[Any], where: str) -> tuple[Label, ...]:
     return tuple(labels)
 
 
+def with_found_labels(task: Task, labels: tuple[Label, ...], where: str) -> Task:
+    """The task with labels that its template does not name, checked as if it did; ``where`` begins the errors."""
+    task = replace(task, labels=labels)
+    _check_task(task, where)
+    return task
+
+
 def _check_problem(task: Task, where: str) -> None:
     """Check the kind of labels."""
     if task.problem_type not in PROBLEM_TYPES:
@@ -495,7 +502,7 @@ def _check_problem(task: Task, where: str) -> None:
         if label.answer.strip().casefold() == NO_CLASS or BETWEEN in label.answer:
             raise UserError(
                 f'{where}: labels: answer: found {label.answer!r}; expected no comma in it, and not '
-                f'{NO_CLASS!r}, which stands for a row without any'
+                f'{NO_CLASS!r}, which stands for a row without any; the template may give the label another answer'
             )
 
 

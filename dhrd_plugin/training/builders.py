@@ -22,7 +22,7 @@ from dhrd_plugin.data.collator import TripletCollator
 from dhrd_plugin.data.data_spec import triplet_data_spec
 from dhrd_plugin.data.labels import labels_of, with_labels
 from dhrd_plugin.data.shards import cached_shards
-from dhrd_plugin.data.tasks import Task, load_task
+from dhrd_plugin.data.tasks import Task, load_task, with_found_labels
 from dhrd_plugin.data.triplet import classes_of, counted_as
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.metrics import build_metrics
@@ -158,8 +158,8 @@ def _labels_of_shards(task: Task, streams: Sequence[TripletStream]) -> Task:
     why = 'task.labels: none are given'
     if len(streams) == 1:
         with suppress(TypeError, LookupError, UserError):
-            return dataclasses.replace(task, labels=load_task(told_summary(streams[0])['task']).labels)
-    return dataclasses.replace(task, labels=labels_of(count_labels(streams, why), why))
+            return with_found_labels(task, load_task(told_summary(streams[0])['task']).labels, why)
+    return with_found_labels(task, labels_of(count_labels(streams, why), why), why)
 
 
 def balanced(streams: Sequence[TripletStream], task: Task) -> list[float]:

@@ -25,10 +25,11 @@ from dhrd_plugin.data.inspect import read_shards
 from dhrd_plugin.data.labels import with_labels
 from dhrd_plugin.data.prepare import write_rows
 from dhrd_plugin.data.rows import read_rows
-from dhrd_plugin.data.tasks import load_task
+from dhrd_plugin.data.tasks import build_labels, load_task, with_found_labels
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.problem_type import MULTI_LABEL
 from dhrd_plugin.training.config import find_yaml
 
 BARE = {'prompt': '{text}', 'label': 'label'}
@@ -93,6 +94,26 @@ def test_what_are_no_labels_is_told_in_a_line(tmp_path, kind, labels, words):
     with pytest.raises(UserError) as error:
         with_labels(load_task(BARE), write(tmp_path, labels, kind))
     assert words in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'more, labels, words',
+    [
+        ({'problem_type': MULTI_LABEL}, [['None'], ['a']], "answer: found 'None'; expected no comma"),
+        ({'problem_type': MULTI_LABEL}, [['u, v'], ['a']], "answer: found 'u, v'; expected no comma"),
+        ({'metrics': ['f1a']}, ['a', 'b', 'c'], 'metrics: f1a needs two labels'),
+    ],
+)
+def test_labels_that_are_found_are_checked_as_those_that_are_named(tmp_path, more, labels, words):
+    named = sorted({name for label in labels for name in ([label] if isinstance(label, str) else label)})
+    for find in (
+        lambda: load_task({**BARE, **more, 'labels': named}),
+        lambda: with_labels(load_task({**BARE, **more}), write(tmp_path, labels)),
+        lambda: write_rows([{'text': 'x', 'label': label} for label in labels], tmp_path / 'set', {**BARE, **more}),
+        lambda: with_found_labels(load_task({**BARE, **more}), build_labels(named, ''), ''),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            find()
 
 
 def test_a_label_that_is_in_no_row_is_told_with_the_nearest(tmp_path):
