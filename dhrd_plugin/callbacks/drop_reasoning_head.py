@@ -29,7 +29,7 @@ from dhrd_plugin.export.mlflow import MlflowTarget, mlflow_logger
 from dhrd_plugin.export.onnx import check_onnx
 from dhrd_plugin.export.place import check_place
 from dhrd_plugin.export.targets import HubTarget, RemoteTarget
-from dhrd_plugin.export.write import DTYPES, add_onnx, network_state, write_slim
+from dhrd_plugin.export.write import DTYPES, add_onnx, check_described, network_state, write_slim
 from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.models.build import is_sequence_classifier
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier, describe
@@ -84,6 +84,11 @@ def check_exportable(model: nn.Module) -> None:
             f'drop_reasoning_head: found a model of type {type(model).__name__}; expected a ComposerDualHeadClassifier '
             'or a HuggingFaceModel around a ...ForSequenceClassification'
         )
+
+
+def _metadata(model: Any) -> dict[str, Any]:
+    """What :func:`~dhrd_plugin.export.write.write_slim` builds the model from."""
+    return model.get_metadata() if isinstance(model, ComposerDualHeadClassifier) else describe(model)
 
 
 class DropReasoningHead(Callback):
@@ -196,7 +201,10 @@ class DropReasoningHead(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse before training what cannot be exported or uploaded."""
-        check_exportable(getattr(state.model, 'module', state.model))
+        model: Any = getattr(state.model, 'module', state.model)
+        check_exportable(model)
+        if not _is_sharded(state):  # whose names may be others
+            on_rank_zero(lambda: check_described(_metadata(model), model.model.state_dict()))
         self.check_evaluations(state.eval_metrics)
         if self._mlflow and mlflow_logger(logger) is None:
             raise UserError('drop_reasoning_head.mlflow: found without a logger of MLflow; expected loggers.mlflow')
@@ -247,8 +255,7 @@ class DropReasoningHead(Callback):
         every = [*self._targets, *targets]
 
         def write(weights: Mapping[str, Tensor], metrics: Any, held_out: HeldOut | None, **options: Any) -> None:
-            ours = isinstance(model, ComposerDualHeadClassifier)
-            metadata = model.get_metadata() if ours else describe(model)
+            metadata = _metadata(model)
             calibration = held_out and {'rows_of': self.calibrate, **fit_calibration(*held_out)}
             write_slim(metadata, weights, out, self.dtype, metrics, calibration=calibration, **options)
             try:

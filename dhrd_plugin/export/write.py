@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,41 @@ def write_slim(
 
 def _rebuild(metadata: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     """The model that metadata and state describe; its weights share the state's memory."""
-    model = rebuild(metadata) if 'dhrd' in metadata else _rebuild_stock(metadata)
-    if 'dhrd' not in metadata:  # the reasoning head that it was given
-        state = {name: value for name, value in state.items() if 'lm_head' not in name.split('.')}
+    model = _described(metadata)
+    state = {name: state[name] for name in _exported(metadata, state)}
     check_finite(state)
     with user_errors('the weights do not fit the description of the model', RuntimeError):
         model.load_state_dict(dict(state), assign=True)
     return model
+
+
+def check_described(metadata: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse a model whose weights are not those that its description builds, before a training that would be lost.
+
+    Args:
+        metadata: as for :func:`write_slim`.
+        names: of the state dict of the model inside.
+
+    Raises:
+        UserError: code of its own; a weight too many, such as an adapter's that was added to the model, or too few.
+    """
+    odd = sorted(_described(metadata).state_dict().keys() ^ set(_exported(metadata, names)))
+    if odd:
+        raise UserError(
+            f'drop_reasoning_head: found a model with other weights than its description builds ({odd[0]}), as where '
+            'an adapter was added to it; expected one that its config, or a peft_config, tells whole'
+        )
+
+
+def _described(metadata: Mapping[str, Any]) -> nn.Module:
+    """The model that metadata describe, without weights."""
+    with user_errors('drop_reasoning_head: the model cannot be built from its config', kind=True):
+        return rebuild(metadata) if 'dhrd' in metadata else _rebuild_stock(metadata)
+
+
+def _exported(metadata: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The names without those of the reasoning head that a stock classifier was given."""
+    return [name for name in names if 'dhrd' in metadata or 'lm_head' not in name.split('.')]
 
 
 def _ask(live: nn.Module | None, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Tensor]:

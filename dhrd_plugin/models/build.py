@@ -132,11 +132,15 @@ def add_lora(network: DualHeadNetwork, lora: Mapping[str, Any]) -> None:
         lora: fields of ``peft.LoraConfig``; what is left out is the paper's (E.4).
 
     Raises:
-        UserError: peft refuses them, or they add an adapter to the LM head, whose weight alone the loss reads.
+        UserError: peft refuses them; they add an adapter to the LM head, whose weight alone the loss reads; or they
+            train whole modules or tokens beside the adapters, which the export would leave out.
     """
     import peft
 
     settings = {**PAPER_LORA, **lora}
+    for key in ('modules_to_save', 'trainable_token_indices'):
+        if settings.get(key):
+            raise UserError(f'model.lora.{key}: found {settings[key]}; expected adapters alone, which can be merged')
     with user_errors('model.lora', TypeError, ValueError):
         config = peft.LoraConfig(**settings)
         peft.inject_adapter_in_model(config, network.causal_lm)

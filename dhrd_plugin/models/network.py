@@ -14,7 +14,7 @@ from dhrd_plugin.losses import chunked_lm_loss
 from dhrd_plugin.models import padding_free as unpadded
 from dhrd_plugin.models.extent import Extent, Span
 from dhrd_plugin.models.heads import POOLINGS, ClassificationHead, last_hidden_state, last_real_index, pool
-from dhrd_plugin.models.probe import check_decoder, decoder_of, left_padding, text_lm
+from dhrd_plugin.models.probe import check_decoder, check_rope, decoder_of, left_padding, text_lm
 from dhrd_plugin.models.verbalizer import begin_as_answers
 
 
@@ -157,6 +157,8 @@ class DualHeadNetwork(nn.Module):
         input_ids, attention_mask = input_ids[:, first:last], attention_mask[:, first:last]
         if not self.pads_left and not extent.from_left:
             raise left_padding(self.causal_lm)
+        if reason:
+            check_rope(self.config, extent.longest)
         hidden = self._last_hidden_state(input_ids, attention_mask, extent)
         logits = self.classifier(pool(hidden, attention_mask, pool_index - first, self.pooling))
         if reason:

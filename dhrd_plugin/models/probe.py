@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedC
 
 from dhrd_plugin.errors import UserError, one_line, user_errors
 from dhrd_plugin.models.heads import decoder_inputs, last_hidden_state
-from dhrd_plugin.models.versions import config_from, pad_token_of
+from dhrd_plugin.models.versions import config_from, pad_token_of, rope_limit
 
 EXPECTED = 'expected a decoder-only causal LM with an LM head (AutoModelForCausalLM)'
 HALF = 4  # tokens that both rows of the probe begin with; as many follow
@@ -160,6 +160,22 @@ def left_padding(model: nn.Module) -> UserError:
         f'padding_side: found padding on the left, which changes what {type(model).__name__} makes of a row; expected '
         "'right'"
     )
+
+
+def check_rope(config: PretrainedConfig, longest: int, where: str = 'reasoning loss') -> None:
+    """Refuse rows so long that their rationale would change what the model makes of their input, and of other rows.
+
+    Args:
+        config: of the decoder.
+        longest: tokens of the longest row, its rationale included.
+        where: what the error begins with.
+    """
+    limit = rope_limit(config)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f'{where}: found {longest} tokens; beyond {limit} the RoPE of this {config.model_type} turns all positions '
+            f'otherwise, so that a rationale would change its input; expected max_seq_len: {limit}, or less'
+        )
 
 
 @contextmanager

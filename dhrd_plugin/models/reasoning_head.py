@@ -21,7 +21,7 @@ from dhrd_plugin.models.composer_model import RETURN_REASONING_LOSS, ComposerDua
 from dhrd_plugin.models.extent import Extent
 from dhrd_plugin.models.heads import decoder_inputs
 from dhrd_plugin.models.network import DualHeadNetwork, upto
-from dhrd_plugin.models.probe import check_classifier, check_decoder, decoder_of, left_padding, pads_left
+from dhrd_plugin.models.probe import check_classifier, check_decoder, check_rope, decoder_of, left_padding, pads_left
 from dhrd_plugin.models.verbalizer import begin_as_answers
 from dhrd_plugin.models.versions import pad_token_of
 
@@ -149,6 +149,8 @@ class ReasoningClassifier(PreTrainedModel):
         mask = kwargs['attention_mask']
         span = mask * upto(mask, pool_index)
         extent = Extent.of(spans, reason) if spans else Extent.read(mask if reason else span, reasoning_labels)
+        if reason:
+            check_rope(self.config.get_text_config(), extent.longest)
         shown, read = self._inputs({**kwargs, 'reasoning_labels': reasoning_labels}, span, extent, reason)
         labels = shown.pop('reasoning_labels')
         with reading(decoder_of(self), read) as states:
@@ -357,7 +359,7 @@ def _add_to_optimizers(
     optimizers: Optimizer | Sequence[Optimizer] | None, module: nn.Module, beside: nn.Parameter
 ) -> None:
     """Train a new module in the parameter group of ``beside``, else in the last; nothing else changes."""
-    for optimizer in ensure_tuple(optimizers):
-        groups = optimizer.param_groups
+    groups = [group for optimizer in ensure_tuple(optimizers) for group in optimizer.param_groups]
+    if groups:
         group = next((group for group in groups if any(p is beside for p in group['params'])), groups[-1])
         group['params'].extend(p for p in module.parameters() if p.requires_grad)

@@ -46,6 +46,20 @@ def pad_token_of(config: PretrainedConfig) -> int | None:
     return getattr(config, 'pad_token_id', None)
 
 
+def rope_limit(config: PretrainedConfig) -> int | None:
+    """Tokens beyond which RoPE turns every position of a batch otherwise (``dynamic``, ``longrope``); None: never."""
+    found = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
+    limits = []
+    for rope in [found, *(part for part in found.values() if isinstance(part, Mapping))]:  # one for each kind of layer
+        kind = rope.get('rope_type', rope.get('type')) or ''
+        if kind == 'longrope':
+            beside = getattr(config, 'original_max_position_embeddings', None) or config.max_position_embeddings
+            limits.append(rope.get('original_max_position_embeddings') or beside)
+        elif 'dynamic' in kind:
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
+
+
 def tokenizer_class(name: Any) -> Any:
     """The name of a tokenizer's class as both know it."""
     return _PLAIN.get(name, name)

@@ -29,6 +29,7 @@ from dhrd_plugin.metrics import build_metrics
 from dhrd_plugin.models.build import add_lora, build_causal_lm, build_tokenizer, freeze
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
 from dhrd_plugin.models.network import DualHeadNetwork
+from dhrd_plugin.models.probe import check_rope
 from dhrd_plugin.ranks import once_a_node
 from dhrd_plugin.streams.dataset import StreamingTripletDataset, TripletDataLoader
 from dhrd_plugin.streams.index import SUMMARY
@@ -299,6 +300,8 @@ def build_model(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) 
     longest = getattr(causal_lm.config, 'max_position_embeddings', None)
     if longest is not None and config.max_seq_len > longest:
         raise UserError(f'max_seq_len: found {config.max_seq_len}; expected at most the {longest} of the model')
+    if 'auxiliary_reasoning_loss' in used(config.algorithms):
+        check_rope(causal_lm.config.get_text_config(), config.max_seq_len, 'max_seq_len')
     network = DualHeadNetwork(
         causal_lm,
         len(task.label_names),

@@ -34,8 +34,15 @@ def test_a_checkpoint_without_some_weights_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'lora', [{'target_modules': ['q_proj', 'lm_head']}, {'target_modules': '.*head'}, {'modules_to_save': ['lm_head']}]
+    'lora', [{'modules_to_save': ['lm_head']}, {'modules_to_save': ['norm']}, {'trainable_token_indices': [3]}]
 )
+def test_what_lora_would_train_beside_its_adapters_is_refused(lora):
+    """It cannot be merged, and was found out by the export."""
+    with pytest.raises(UserError, match=f'model.lora.{next(iter(lora))}: found .* expected adapters alone'):
+        add_lora(tiny_network(), lora)
+
+
+@pytest.mark.parametrize('lora', [{'target_modules': ['q_proj', 'lm_head']}, {'target_modules': '.*head'}])
 def test_adapters_of_the_lm_head_are_refused(lora):
     """The chunked loss reads its weight alone, so they would never be trained."""
     with pytest.raises(UserError, match=r'model\.lora\.target_modules: found an adapter on the LM head'):

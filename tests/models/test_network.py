@@ -2,9 +2,19 @@
 
 import pytest
 import torch
+from composer.models import HuggingFaceModel
 from tiny import KINDS, LABELS, WORDS, tiny_lm, tiny_network, tiny_tokenizer, triplet, triplets
-from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from dhrd_plugin import apply_reasoning_head
 from dhrd_plugin.data.collator import LAYOUTS, Markers, TripletCollator
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models.network import DualHeadNetwork
@@ -172,3 +182,35 @@ def test_markers_as_tokens_grow_the_vocabulary(kind, tied):
     out = network(**batch, return_reasoning_loss=True)
     (out.logits.sum() + out.reasoning_loss.sum()).backward()
     assert network.lm_head.weight.grad[-2:].any()
+
+
+ROPES = {
+    'llama': {'max_position_embeddings': 16, 'rope_scaling': {'rope_type': 'dynamic', 'factor': 4.0}},
+    'phi3': {
+        'max_position_embeddings': 64,
+        'original_max_position_embeddings': 16,
+        'rope_scaling': {'type': 'longrope', 'short_factor': [1.0] * 4, 'long_factor': [4.0, 3.0, 2.0, 1.5]},
+    },
+}
+
+
+@pytest.mark.parametrize('stock', [False, True])
+@pytest.mark.parametrize('kind', ROPES)
+def test_a_rationale_that_would_turn_the_positions_of_its_input_is_refused(kind, stock):
+    shape = {**tiny_lm(tied=True).config.to_dict(), **ROPES[kind]}
+    config = AutoConfig.for_model(
+        kind, **{k: v for k, v in shape.items() if k not in ('model_type', 'rope_parameters')}
+    )
+    torch.manual_seed(0)
+    if stock:
+        config.update({'id2label': dict(enumerate(LABELS))})
+        model = HuggingFaceModel(AutoModelForSequenceClassification.from_config(config), tiny_tokenizer())
+        network = apply_reasoning_head(model).model.eval()
+    else:
+        network = DualHeadNetwork(AutoModelForCausalLM.from_config(config), len(LABELS)).eval()
+    torch.nn.init.normal_(network.score.weight if stock else network.classifier.out_proj.weight, std=0.3)
+    short, long = (collate([triplet(1, words=6, reason=words)]) for words in (3, 30))
+    torch.testing.assert_close(network(**short, return_reasoning_loss=True).logits, network(**short).logits)
+    with pytest.raises(UserError, match=f'beyond 16 the RoPE of this {kind} .* expected max_seq_len: 16, or less'):
+        network(**long, return_reasoning_loss=True)
+    torch.testing.assert_close(network(**long).logits, network(**short).logits)

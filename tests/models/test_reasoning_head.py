@@ -281,6 +281,18 @@ def groups_of(model):
     )
 
 
+def test_of_several_optimizers_one_trains_the_new_head(folder):
+    model = stock_classifier()
+    embedding, *rest = model.parameters()
+    optimizers = [torch.optim.SGD([embedding], lr=0.1), torch.optim.SGD(rest, lr=0.1)]
+    apply_reasoning_head(model, str(folder / 'llama'), optimizers)
+    head = model.model.lm_head.weight
+    before, head.grad = head.detach().clone(), torch.ones_like(head)
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(head.detach(), before - 0.1)
+
+
 @pytest.mark.parametrize('untied', [True, False])
 def test_the_optimizers_state_and_groups_survive_in_mid_training(folder, untied):
     model = stock_classifier()
