@@ -380,6 +380,14 @@ def test_shards_bring_their_labels(folder, tmp_path):
     assert trainer.state.model.label_names == sorted(KINDS)
 
 
+@pytest.mark.parametrize('weights', [{'repeat': 4}, {'proportion': 0.5}, {'choose': 7}])
+def test_balanced_weights_are_not_for_a_mixture_of_sets(folder, tmp_path, weights):
+    write_rows(pd.read_csv(folder / 'train.csv', sep=';'), tmp_path / 'set', {**TICKETS, 'truncate': 'my text'})
+    loader = {'streams': {name: {'local': str(tmp_path / 'set'), **weights} for name in 'ab'}}
+    with pytest.raises(UserError, match=f'class_weights: balanced: found with {next(iter(weights))} of a stream'):
+        train(config_of(folder, tmp_path / 'run', TICKETS, train_loader=loader, eval_loaders={}))
+
+
 def test_balanced_needs_a_row_of_every_label(folder, tmp_path):
     task = {**TICKETS, 'truncate': 'my text', 'labels': [*KINDS, 'sales']}
     with pytest.raises(UserError, match="class_weights: balanced: found no training row of the label 'sales'"):
