@@ -172,6 +172,12 @@ def test_a_field_is_cut_and_the_frame_stays(field, limit):
     assert field.startswith(kept)
 
 
+@pytest.mark.parametrize('limit', [4, 5, 6])
+def test_a_field_is_never_cut_to_nothing(limit):
+    """Its one character has three tokens."""
+    assert fit(byte_tokenizer(), 'ab\u20accd', [2, 3], limit) == 'ab\u20accd'
+
+
 def test_what_cannot_be_cut_stays():
     for limit, cuttable in ((5, None), (5, [6, 9]), (None, [6, 9]), (99, [6, 9])):
         assert fit(byte_tokenizer(), 'Text: abc, Topic', cuttable, limit) == 'Text: abc, Topic'
@@ -194,6 +200,20 @@ def test_rows_in_memory(tmp_path, kind):
     assert [row['rationale'] for row in found] == [None, 'It is.', None]
     with pytest.raises(UserError, match='row 1, field label: found 7; expected one of 0, 1'):
         write_rows([{'my text': 'a', 'note': '', 'label': 7}], tmp_path / 'other', summary['task'])
+
+
+SEVERAL = {'problem_type': 'multi_label_classification'}
+
+
+def test_a_rationale_that_begins_with_none_states_no_label(tmp_path):
+    """``none`` is the answer of a row without any of several labels."""
+    rows = [{'text': 'w', 'label': [], 'why': 'None of the pages load.'}, {'text': 'w', 'label': [], 'why': 'None.'}]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    task = {**BARE, **SEVERAL, 'labels': ['a', 'b'], 'rationale': 'why'}
+    (tmp_path / 'task.yaml').write_text(json.dumps(task))
+    common = ['prepare', '--template', str(tmp_path / 'task.yaml'), '--input', str(tmp_path / 'a.jsonl')]
+    assert main([*common, '--output', str(tmp_path / 'out')]) == 0
+    assert json.loads((tmp_path / 'out' / 'triplets.json').read_text())['states_label'] == {'rows': 1, 'ids': ['2']}
 
 
 def test_prepare_takes_the_labels_of_the_split_train(tmp_path, capsys):
