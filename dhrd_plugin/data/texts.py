@@ -103,7 +103,7 @@ def _read_file(path: Path, task: Task | None) -> Iterator[Text]:
     if kind_of(path) in SUFFIXES:
         for row in read_rows(path):
             with catching_bad(raise_bad, row.where):
-                yield from _from_row(row.fields, task, row.where)
+                yield from _from_row(row.fields, task, row.where, typed=kind_of(path) != '.csv')
         return
     with user_errors(f'--input: {path}', OSError):
         check_is_text(path)
@@ -149,7 +149,7 @@ def _parse(line: str) -> Mapping[str, Any]:
     return row
 
 
-def _from_row(row: Mapping[str, Any], task: Task | None, where: str) -> Iterator[Text]:
+def _from_row(row: Mapping[str, Any], task: Task | None, where: str, typed: bool = True) -> Iterator[Text]:
     """What the template makes of a row; or its ``input_text``, unless that is a field of the prompt."""
     if 'input_text' in row and not (task and 'input_text' in task.fields):
         text = check_text(row['input_text'], 'input_text')
@@ -158,7 +158,7 @@ def _from_row(row: Mapping[str, Any], task: Task | None, where: str) -> Iterator
     elif task is None:
         raise BadRow('', f'found keys {sorted(row)}; expected input_text')
     else:
-        for ident, text, cuttable in task.texts(row):
+        for ident, text, cuttable in task.texts(row, typed):
             yield Text(where, ident, check_text(text, ''), cuttable)
 
 

@@ -7,10 +7,13 @@ import re
 import shlex
 import shutil
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -26,6 +29,7 @@ from dhrd_plugin.data.labels import with_labels
 from dhrd_plugin.data.prepare import write_rows
 from dhrd_plugin.data.rows import read_rows
 from dhrd_plugin.data.tasks import build_labels, load_task, with_found_labels
+from dhrd_plugin.data.texts import read_texts, texts_of
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError
@@ -129,6 +133,12 @@ def test_whole_numbers_as_pandas_writes_them(tmp_path, labels, cell):
         assert [row['label'] for row in read_triplets(write(tmp_path, [float(cell)]), task)] == ['1']
 
 
+@pytest.mark.parametrize('labels', [['1.0', '2.0'], ['1', '1.0'], ['1.0', '1']])
+def test_a_class_is_its_own_text_before_it_is_a_whole_number(tmp_path, labels):
+    task = load_task({**BARE, 'labels': labels})
+    assert [row['label'] for row in read_triplets(write(tmp_path, labels, 'csv'), task)] == labels
+
+
 @pytest.mark.parametrize('mark', ',;\t|')
 @pytest.mark.parametrize('name', ['a.csv', 'a.CSV'])
 def test_the_header_tells_what_stands_between_cells(tmp_path, mark, name):
@@ -159,6 +169,55 @@ def test_an_empty_cell_is_no_missing_column(row, optional, expected):
         return
     with pytest.raises(UserError, match=expected):
         task.render(row)
+
+
+EMPTY = {'prompt': 'a {note}', 'labels': [0, 1]}
+
+
+@pytest.mark.parametrize('value', [None, '', float('nan')])
+@pytest.mark.parametrize(
+    'more, printed',
+    [
+        ({}, 'a '),
+        ({'prompt': 'a {note:d}'}, 'a '),
+        ({'prompt': 'a {note:.1f}'}, 'a '),
+        ({'words': {'note': {'1': 'one'}}}, 'a '),
+        ({'words': {'note': {'1': 'one', '': 'none'}}}, 'a none'),
+    ],
+)
+def test_an_empty_cell_prints_nothing_in_a_number_and_in_words(value, more, printed):
+    assert load_task({**EMPTY, **more, 'may_be_empty': ['note']}).render({'note': value}) == printed
+    with pytest.raises(UserError, match=r'field note: (is missing|is empty|found NaN; expected)'):
+        load_task({**EMPTY, **more}).render({'note': value})
+
+
+@pytest.mark.parametrize(
+    'year, printed', [('2001', '2001'), ('2001.0', '2001'), ('two', None), ('', None), ('nan', None)]
+)
+def test_a_number_of_a_file_without_types_is_told_by_its_text(tmp_path, year, printed):
+    """So that a template of a frame, where it is a number, reads a CSV file as well."""
+    task = load_task({**BARE, 'labels': ['a', 'b'], 'prompt': '{year:d}'})
+    (tmp_path / 'a.csv').write_text(f'year,label,more\n{year},a,x\n')
+    if printed is None:
+        for read in (read_triplets, lambda path, task: read_texts(str(path), task)):
+            with pytest.raises(
+                UserError, match=r'a\.csv, line 2, field year: (found .*; expected a number|is missing)'
+            ):
+                list(read(tmp_path / 'a.csv', task))
+        return
+    frame = pd.DataFrame({'year': [int(printed), None], 'label': ['a', 'b']})[:1]  # floats, because of the gap
+    texts = [*read_texts(str(tmp_path / 'a.csv'), task), *texts_of(frame, task), *texts_of([year], task)]
+    assert [row['input_text'] for row in read_triplets(tmp_path / 'a.csv', task)] == [printed]
+    assert [text.text for text in texts] == [printed] * 3
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path):
+    """In the prompt and as weights."""
+    row = {'price': [Decimal('1.50')], 'year': [Decimal(2001)], 'weight': [Decimal('0.25')], 'label': ['a']}
+    pq.write_table(pa.table(row), tmp_path / 'a.parquet')
+    task = load_task({'prompt': '{price:.2f} in {year:d}', 'labels': ['a', 'b']})
+    (found,) = read_triplets(tmp_path / 'a.parquet', task)
+    assert (found['input_text'], found['weight']) == ('1.50 in 2001', 0.25)
 
 
 @pytest.mark.parametrize('field', ['word ' * 30, '\U0001f642 \u05e9\u05dc\u05d5\u05dd ' * 9])
