@@ -12,6 +12,7 @@ from dhrd_plugin.data.rows import (
     SUFFIXES,
     catching_bad,
     check_is_text,
+    in_memory,
     kind_of,
     parse_object,
     raise_bad,
@@ -77,12 +78,8 @@ def texts_of(items: Any, task: Task | None) -> list[Text]:
     """The texts of a list of plain texts or of rows, or of a DataFrame, whose missing cells are missing fields."""
     if isinstance(items, str | bytes | Mapping):
         raise UserError('found one text or row; expected a list of them, or a DataFrame')
-    if hasattr(items, 'notna'):  # pandas'
-        items = items.astype(object).where(items.notna(), None)
-        items = items.to_dict('records') if hasattr(items, 'columns') else items.tolist()
     found: list[Text] = []
-    for number, item in enumerate(items, 1):
-        place = f'text {number}'
+    for place, item in in_memory(items, 'text'):
         with catching_bad(raise_bad, place):
             if isinstance(item, Mapping):
                 found += _from_row(item, task, place)

@@ -11,12 +11,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from omegaconf import OmegaConf
 from test_documents import block_under
 from tiny import byte_tokenizer
@@ -261,7 +262,104 @@ def test_rows_in_memory(tmp_path, kind):
         write_rows([{'my text': 'a', 'note': '', 'label': 7}], tmp_path / 'other', summary['task'])
 
 
+NESTED = {'passage': {'q': ['x', 'y']}, 'choices': ['l', 'm'], 'year': 2001, 'label': 'a'}
+IN_MEMORY = {
+    'columns that are numbers': (pd.DataFrame([['x', 'a'], ['y', 'b']]), {'prompt': '{0}', 'label': '1'}, ['x', 'y']),
+    'keys that are numbers': ([{0: 'x', 1: 'a'}], {'prompt': '{0}', 'label': '1'}, ['x']),
+    'arrays in cells': (
+        pd.DataFrame([{**NESTED, 'passage': {'q': np.array(['x', 'y'], object)}}]),
+        {'prompt': '{q}', 'explode': ['q in passage[q]']},
+        ['x', 'y'],
+    ),
+    'an item': (pd.DataFrame([{**NESTED, 'choices': np.array(['l', 'm'])}]), {'prompt': '{choices[1]}'}, ['m']),
+    'scalars of NumPy': ([{**NESTED, 'year': np.int64(2001)}], {'prompt': '{year:d}'}, ['2001']),
+    'a tuple': ([{**NESTED, 'choices': ('l', 'm')}], {'prompt': '{choices[0]}'}, ['l']),
+    'a data set': (Dataset.from_list([NESTED]), {'prompt': '{year:d} {passage[q][0]}'}, ['2001 x']),
+    'a missing cell': (
+        pd.DataFrame({'text': ['x', 'y'], 'note': [None, float('nan')], 'label': 'a'}),
+        {'prompt': '{text}{note}', 'may_be_empty': ['note']},
+        ['x', 'y'],
+    ),
+    'NaN in a cell': (
+        [{**NESTED, 'choices': [float('nan'), 'm']}],
+        {'prompt': '{choices[0]}'},
+        'field choices[0]: is missing',
+    ),
+    'columns that are alike': (
+        pd.DataFrame([['x', 'a', 'z']], columns=['text', 'label', 'text']),
+        {'prompt': '{text}'},
+        'DataFrame, field text: stands twice among the columns',
+    ),
+    'keys that are alike': ([{0: 'x', '0': 'y'}], {'prompt': '{0}'}, ' 1, field 0: stands twice'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', IN_MEMORY)
+def test_rows_in_memory_are_read_alike_in_training_and_in_prediction(tmp_path, name):
+    rows, task, expected = IN_MEMORY[name]
+    task = load_task({'labels': ['a', 'b'], **task})
+
+    def written(rows):
+        write_rows(rows, tmp_path / 'set', task)
+        return [row['input_text'] for _, rows in read_shards(tmp_path / 'set') for row in rows]
+
+    for read in (written, lambda rows: [text.text for text in texts_of(rows, task)]):
+        if isinstance(expected, list):
+            assert read(rows) == expected
+        else:
+            with pytest.raises(UserError, match=re.escape(expected)):
+                read(rows)
+
+
+def test_rows_in_memory_have_ids_that_differ(tmp_path):
+    rows = [{'id': 1, 'text': 'x', 'label': 'a'}, {'id': '1', 'text': 'y', 'label': 'b'}]
+    with pytest.raises(UserError, match=r"^row 2, field id: found '1' twice, first in row 1$"):
+        write_rows(rows, tmp_path / 'set', {**BARE, 'id': 'id'})
+
+
+CLASSES = ClassLabel(names=['entailment', 'neutral', 'contradiction'])
 SEVERAL = {'problem_type': 'multi_label_classification'}
+
+
+@pytest.mark.parametrize(
+    'feature, values, more, labels',
+    [
+        (CLASSES, [0, 1, 2, -1], {}, {'contradiction': 1, 'entailment': 1, 'neutral': 1, '': 1}),
+        (
+            CLASSES,
+            [0, 2, 0],
+            {'labels': ['neutral', 'contradiction', 'entailment']},
+            {'neutral': 0, 'contradiction': 1, 'entailment': 2},
+        ),
+        (CLASSES, [0, 2], {'labels': [2, 1, 0]}, {'2': 1, '1': 0, '0': 1}),
+        (CLASSES, [0, 0], {'labels': [{'value': 5, 'name': 'entailment'}, 0]}, {'entailment': 2, '0': 0}),
+        (Sequence(CLASSES), [[0], [0, 2], []], SEVERAL, {'contradiction': 1, 'entailment': 2}),
+        (
+            Sequence(CLASSES),
+            [[0], [-1]],
+            {**SEVERAL, 'labels': ['neutral', 'entailment']},
+            {'neutral': 0, 'entailment': 1, '': 1},
+        ),
+    ],
+)
+@pytest.mark.parametrize('where', ['memory', 'hub'])
+def test_classes_of_a_data_set_are_told_by_name(tmp_path, monkeypatch, capsys, where, feature, values, more, labels):
+    """Where its label is a number that stands for a name, or several; -1 is none."""
+    rows = Dataset.from_dict(
+        {'text': [f'w{index}' for index in range(len(values))], 'label': values},
+        features=Features({'text': Value('string'), 'label': feature}),
+    )
+    if where == 'memory':
+        summary = write_rows(rows, tmp_path / 'set', {**BARE, **more}, labelled=False)
+    else:
+        monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path / 'cache')
+        (tmp_path / 'data').mkdir()
+        rows.to_parquet(tmp_path / 'data' / 'train.parquet')
+        (tmp_path / 'task.yaml').write_text(json.dumps({**BARE, **more}))
+        common = ['--template', str(tmp_path / 'task.yaml'), '--input', f'hub:{tmp_path}/data', '--split', 'train']
+        assert main(['prepare', *common, '--unlabelled', '--output', str(tmp_path / 'set')]) == 0, capsys.readouterr()
+        summary = json.loads((tmp_path / 'set' / 'triplets.json').read_text())
+    assert summary['labels'] == labels and summary['label_names'] == [name for name in labels if name]
 
 
 def test_a_rationale_that_begins_with_none_states_no_label(tmp_path):
