@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import shutil
+import unicodedata
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -72,6 +73,8 @@ def write(path, labels, kind='jsonl'):
         ('jsonl', [True, False], [False, True]),
         ('csv', ['10', '2', '', '2.0'], [2, 10]),
         ('csv', ['01', '2'], ['01', '2']),
+        ('csv', ['1.0', '2.0', '1.0'], [1, 2]),
+        ('csv', ['1.0', '2.0', '2.0.1'], ['1.0', '2.0', '2.0.1']),
         ('csv', ['yes', 'no'], ['no', 'yes']),
     ],
 )
@@ -91,6 +94,8 @@ def test_labels_are_found_in_the_order_of_their_values(tmp_path, kind, labels, v
         ('csv', ['0.25', '1'], 'found 0.25, a number to predict'),
         ('csv', range(1001), 'found more than 1,000 labels, such as "0", "1", "2"; expected classes'),
         ('jsonl', ['Yes', 'no', 'yes '], 'found "Yes" and "yes "; expected one spelling'),
+        ('jsonl', [unicodedata.normalize(form, 'Caf\u00e9') for form in ('NFC', 'NFD')], 'expected one spelling of a'),
+        ('csv', ['1', '1.0', 'beta'], 'found "1" and "1.0"; expected one spelling'),
         ('jsonl', [['a'], 'b'], 'line 1, field label: found ["a"]; expected a text, a whole number or true/false'),
         ('jsonl', [' ', 'b'], 'line 1, field label: is empty'),
     ],
@@ -362,6 +367,19 @@ def test_classes_of_a_data_set_are_told_by_name(tmp_path, monkeypatch, capsys, w
     assert summary['labels'] == labels and summary['label_names'] == [name for name in labels if name]
 
 
+def test_labels_of_rows_that_are_set_aside_are_none(tmp_path, capsys):
+    """A row is one of them for its text, its id, or another item of it."""
+    rows = [{'id': n, 'text': f'w{n}', 'label': 'ab'[n]} for n in range(2)]
+    odd = [{'id': 2, 'text': '', 'label': 'junk'}, {'id': 0, 'text': 'w', 'label': 'twice'}]
+    odd += [{'id': 3, 'text': 'w', 'label': 'heavy', 'weight': -1}, {'id': 4, 'text': 'w', 'label': ['x']}]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows + odd)))
+    (tmp_path / 'task.yaml').write_text(json.dumps({**BARE, 'id': 'id'}))
+    common = ['prepare', '--template', str(tmp_path / 'task.yaml'), '--input', str(tmp_path / 'a.jsonl')]
+    assert main([*common, '--output', str(tmp_path / 'out'), '--skip-bad', str(tmp_path / 'bad.jsonl')]) == 0
+    printed = capsys.readouterr().out
+    assert 'labels: a 1 (50%), b 1 (50%)\n' in printed and 'set aside: 4 bad rows' in printed
+
+
 def test_a_rationale_that_begins_with_none_states_no_label(tmp_path):
     """``none`` is the answer of a row without any of several labels."""
     rows = [{'text': 'w', 'label': [], 'why': 'None of the pages load.'}, {'text': 'w', 'label': [], 'why': 'None.'}]
@@ -371,6 +389,13 @@ def test_a_rationale_that_begins_with_none_states_no_label(tmp_path):
     common = ['prepare', '--template', str(tmp_path / 'task.yaml'), '--input', str(tmp_path / 'a.jsonl')]
     assert main([*common, '--output', str(tmp_path / 'out')]) == 0
     assert json.loads((tmp_path / 'out' / 'triplets.json').read_text())['states_label'] == {'rows': 1, 'ids': ['2']}
+
+
+def test_numbers_in_the_lists_of_a_csv_file_are_labels(tmp_path):
+    (tmp_path / 'a.csv').write_text('text,label\nw1,"[2, 10]"\nw2,[2.0]\n')
+    task = with_labels(load_task({**BARE, **SEVERAL}), tmp_path / 'a.csv')
+    assert [label.value for label in task.labels] == [2, 10]
+    assert [row['label'] for row in read_triplets(tmp_path / 'a.csv', task)] == [['2', '10'], ['2']]
 
 
 def test_prepare_takes_the_labels_of_the_split_train(tmp_path, capsys):
