@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from dhrd_plugin.problem_type import each_by_itself
 
@@ -65,8 +64,9 @@ def at_temperature(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
-    """The expected calibration error of [N, K] probabilities over 15 bins of the confidence; [N] class indices."""
-    return float(multiclass_calibration_error(probabilities, labels, probabilities.shape[1], n_bins=BINS))
+    """The expected calibration error, over the bins of :func:`reliability`, whose arguments it has."""
+    bins = reliability(probabilities, labels)
+    return sum(row['rows'] * abs(row['confidence'] - row['accuracy']) for row in bins) / len(labels)
 
 
 def reliability(probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]:

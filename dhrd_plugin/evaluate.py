@@ -1,8 +1,7 @@
 """Evaluate a classifier on rows with labels: its metrics, each class, and how well its probabilities are calibrated."""
 
 import argparse
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix, MultilabelConfusionMatrix
 from transformers.utils import logging
 
-from dhrd_plugin import files, ranks
+from dhrd_plugin import files, pictures, ranks
 from dhrd_plugin.calibration import BINS, at_temperature, calibration_error, coverage, reliability
 from dhrd_plugin.cli import Parser, run
 from dhrd_plugin.data.inspect import read_shards
@@ -20,11 +19,11 @@ from dhrd_plugin.data.texts import Text
 from dhrd_plugin.data.triplet import Triplet, counted_as
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError, tell, user_errors
-from dhrd_plugin.export.classify import predict_on_ranks
+from dhrd_plugin.export.classify import logits_on_ranks
 from dhrd_plugin.export.load import Classifier, named, open_classifier, runtime_for
 from dhrd_plugin.metrics import build_metrics
 from dhrd_plugin.predict import add_speed
-from dhrd_plugin.problem_type import MULTI_LABEL, SINGLE_LABEL, decide, each_by_itself
+from dhrd_plugin.problem_type import MULTI_LABEL, SINGLE_LABEL, decide, each_by_itself, to_probabilities
 from dhrd_plugin.streams.index import INDEX
 from dhrd_plugin.streams.remote import is_remote
 
@@ -45,12 +44,13 @@ def report_on(
     batch_size: int | None = None,
     precision: str = 'fp32',
     runtime: str | None = None,
+    tell_report: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any] | None:
     """Evaluate a classifier on rows with labels, as ``dhrd evaluate`` does. Every rank has to call it.
 
     Args:
         model: see :func:`~dhrd_plugin.export.load.open_classifier`.
-        data: where the rows are (:func:`read_data`); several places are read as one set.
+        data: where the rows are (:func:`read_data`); several places are read as one set (:func:`_as_one`).
         task: a shipped task or a template. Default: the one stored with the model.
         split: of a task's folder or a hub data set.
         output: a folder for ``report.json``, ``predictions.jsonl`` and two PNGs, which replace those of an earlier
@@ -58,6 +58,7 @@ def report_on(
         batch_size: see :func:`~dhrd_plugin.export.classify.predict`.
         precision: likewise. Default: ``'fp32'``.
         runtime: see :func:`~dhrd_plugin.export.load.open_classifier`; ``'torch'`` where another precision is asked for.
+        tell_report: gets the text of :func:`describe` before anything is written. Default: nobody does.
 
     Returns:
         On rank 0 the report of :func:`evaluate`; elsewhere ``None``.
@@ -67,7 +68,7 @@ def report_on(
             or has files of these names that are not ours.
     """
     if output:
-        _check_report_extra()
+        pictures.check_extra('--output', 'matplotlib', 'sklearn')
     ranks.initialize()
     if output:
         _check_output(output, {'the model': model, '--task': task, **{f'the data {place}': place for place in data}})
@@ -80,15 +81,17 @@ def report_on(
         template = with_found_labels(template, named_labels(load_task(classifier.task or spec)).labels, '--task')
     label_order(classifier.label_names, template.label_names)
     _check_kind(classifier, template, model)
-    rows = [row for place in data for row in _checked(read_data(place, template, split), template, place)]
+    rows = _as_one([_checked(read_data(place, template, split), template, place) for place in data])
     if not rows:
         raise UserError(f'{", ".join(map(str, data))}: found no rows')
     if ranks.rank() == 0:
         tell(f'runs on: {classifier.runs_on}')
-    probabilities = predict_rows(classifier, rows, template, batch_size, precision)
+    logits = _logits_of(classifier, rows, template, batch_size, precision)
     if ranks.rank() != 0:
         return None
-    report = evaluate(probabilities, rows, template, classifier.temperature)
+    probabilities = to_probabilities(logits, template.multi_label)
+    report = evaluate(probabilities, rows, template, classifier.temperature, logits)
+    tell_report(describe(report))
     if output:
         _write(report, predictions(probabilities, rows, template), Path(output))
     return report
@@ -106,9 +109,21 @@ def _checked(rows: list[Triplet], task: Task, place: str | Path) -> list[Triplet
     return rows
 
 
+def _as_one(sets: list[list[Triplet]]) -> list[Triplet]:
+    """The rows of several places: where two share an id or a group, each of these gets the number of its place."""
+    for key in ('id', 'group'):
+        found = [{row[key] for row in rows if row[key]} for rows in sets]
+        if len(set().union(*found)) < sum(map(len, found)):
+            for number, row in ((number, row) for number, rows in enumerate(sets, 1) for row in rows if row[key]):
+                row[key] = f'{number}:{row[key]}'
+    return [row for rows in sets for row in rows]
+
+
 def read_data(place: str | Path, task: Task, split: str | None = None) -> list[Triplet]:
     """Read the rows of a file, a task's folder, the hub, or a set of shards, here or in an object store."""
     if is_remote(place) or (Path(place) / INDEX).is_file():
+        if split is not None:
+            raise UserError(f'{place}: is one set of shards; leave out the split {split!r}')
         return [row for _, rows in read_shards(place) for row in rows]
     return list(read_triplets(str(place), task, split=split))
 
@@ -117,10 +132,16 @@ def predict_rows(
     classifier: Classifier, rows: Sequence[Triplet], task: Task, batch_size: int | None = None, precision: str = 'fp32'
 ) -> Tensor:
     """[N, K] probabilities of N rows, in the order of the task's labels; every rank calls it with the same rows."""
+    return to_probabilities(_logits_of(classifier, rows, task, batch_size, precision), task.multi_label)
+
+
+def _logits_of(
+    classifier: Classifier, rows: Sequence[Triplet], task: Task, batch_size: int | None, precision: str
+) -> Tensor:
     order = label_order(classifier.label_names, task.label_names)
     texts = [Text(f'row {row["id"]}', row['id'], row['input_text'], row.get('cuttable')) for row in rows]
     limit = classifier.max_seq_len
-    return predict_on_ranks(classifier.model, classifier.tokenizer, texts, batch_size, precision, limit)[:, order]
+    return logits_on_ranks(classifier.model, classifier.tokenizer, texts, batch_size, precision, limit)[:, order]
 
 
 def _check_kind(classifier: Classifier, task: Task, model: str | Path) -> None:
@@ -144,7 +165,11 @@ def label_order(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
 
 
 def evaluate(
-    probabilities: Tensor, rows: Sequence[Triplet], task: Task, temperature: float | None = None
+    probabilities: Tensor,
+    rows: Sequence[Triplet],
+    task: Task,
+    temperature: float | None = None,
+    logits: Tensor | None = None,
 ) -> dict[str, Any]:
     """Make the report, as plain data.
 
@@ -153,6 +178,8 @@ def evaluate(
         rows: N rows with labels.
         task: names the metrics.
         temperature: that the classifier's logits were divided by when it was calibrated. Default: it was not.
+        logits: [N, K], of the probabilities: of several labels these tell how sure a yes is that fp32 rounds to 1.
+            Default: such a yes is taken for certain.
 
     Returns:
         ``rows``, their number; ``label_names``; ``task_metrics``, the names of the task's own metrics (PAPER, Table
@@ -166,9 +193,10 @@ def evaluate(
     labels = torch.tensor([_target(row, names) for row in rows])
     metrics = _metrics(probabilities, labels, rows, task)
     kind = MultilabelConfusionMatrix if task.multi_label else MulticlassConfusionMatrix
-    confusion = kind(len(names), **HERE)(probabilities, labels)
+    confusion = kind(len(names), **HERE)(decide(probabilities, task.multi_label).long(), labels)
     if task.multi_label:  # a class's yes or no is what can be trusted, or not
-        probabilities, labels = each_by_itself(1 - probabilities, probabilities, labels)
+        no = 1 - probabilities if logits is None else to_probabilities(-logits, multi_label=True)
+        probabilities, labels = each_by_itself(no, probabilities, labels)
     calibration = {'ece': calibration_error(probabilities, labels), 'bins': reliability(probabilities, labels)}
     if temperature is not None:
         before = calibration_error(at_temperature(probabilities, 1 / temperature), labels)
@@ -271,6 +299,7 @@ def predictions(probabilities: Tensor, rows: Sequence[Triplet], task: Task) -> I
         }
 
 
+@pictures.drawing()
 def draw(report: Mapping[str, Any], folder: Path) -> None:
     """Draw ``confusion.png`` and ``reliability.png`` into a folder; needs the extra ``report``."""
     from matplotlib.figure import Figure
@@ -337,21 +366,14 @@ def _draw_decisions(report: Mapping[str, Any], path: Path) -> None:
     left = torch.zeros(len(names), dtype=torch.long)
     parts = {'found': counts[:, 1, 1], 'missed': counts[:, 1, 0], 'seen where it was not': counts[:, 0, 1]}
     for name, values in parts.items():
-        bars = axes.barh(names, values.tolist(), left=left.tolist(), label=name)
+        bars = axes.barh(range(len(names)), values.tolist(), left=left.tolist(), label=name)
         axes.bar_label(bars, [str(value) if value else '' for value in values.tolist()], label_type='center')
         left = left + values
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel='rows')
     figure.legend(loc='outside lower center', ncols=len(parts))
     figure.savefig(path, dpi=150 if len(names) <= FEW else 100)
-
-
-def _check_report_extra() -> None:
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--output: {error.name} is not installed; pip install 'dhrd-plugin[report]'") from None
 
 
 def _check_output(folder: str | Path, read: Mapping[str, Any]) -> None:
@@ -368,12 +390,10 @@ def _check_output(folder: str | Path, read: Mapping[str, Any]) -> None:
 
 
 def _write(report: Mapping[str, Any], rows: Iterator[Mapping[str, Any]], folder: Path) -> None:
-    lines = ''.join(f'{json.dumps(row, ensure_ascii=False)}\n' for row in rows)
-    with user_errors(folder, OSError), files.staged(folder) as fresh:
+    with user_errors(folder, OSError), files.filling(folder) as fresh:
         files.write_json(fresh / 'report.json', report)
-        files.write_bytes(fresh / 'predictions.jsonl', lines.encode())
+        files.write_bytes(fresh / 'predictions.jsonl', b''.join(map(files.json_line, rows)))
         draw(report, fresh)
-        files.move_into(fresh, folder)
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -401,8 +421,6 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _evaluate(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
-    report = report_on(**vars(args))
-    if report is not None:
-        print(describe(report))
-        if args.output:
-            print(f'report: {args.output}')
+    report = report_on(**vars(args), tell_report=print)
+    if report is not None and args.output:
+        print(f'report: {args.output}')

@@ -92,9 +92,33 @@ def replace_folder(folder: str | Path, out: str | Path, foreign: Foreign) -> Non
 
 
 @contextmanager
+def filling(out: str | Path) -> Iterator[Path]:
+    """A temporary folder whose files stand in ``out`` at the end, beside what else is there.
+
+    Where there is an ``out`` it stands in it: what is above may be another file system, or not ours to write.
+    """
+    out = _real(out)
+    with staged(out / 'new' if out.exists() else out) as folder:
+        yield folder
+        if not out.exists():
+            os.rename(folder, out)
+            return
+        for path in sorted(folder.iterdir()):
+            os.replace(path, out / path.name)
+
+
+@contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path`` at the end, whole; after an error ``path`` is as it was."""
-    path = Path(path)
+    """A new file that takes the place of ``path`` at the end, whole; after an error ``path`` is as it was.
+
+    Where ``path`` is a link, its target is meant.
+    """
+    with _replacing(_real(path)) as file:
+        yield file
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     with kept_parents(path), _scratch(path) as (scratch, descriptor):
         with open(descriptor, 'wb', closefd=False) as file:
             yield file
@@ -107,19 +131,14 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file in one step; folders that are missing are made."""
-    with replacing(path) as file:
+    """Write a file in one step; folders that are missing are made, and a link is replaced, not followed."""
+    with _replacing(Path(path)) as file:
         file.write(data)
 
 
-def move_into(folder: Path, out: str | Path) -> None:
-    """Move the files of a finished folder of :func:`staged` to ``out``, beside what else is there."""
-    out = _real(out)
-    if not out.exists():
-        os.rename(folder, out)
-        return
-    for path in sorted(folder.iterdir()):
-        os.replace(path, out / path.name)
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """A row as a line of JSON, with Unicode as it is."""
+    return f'{json.dumps(row, ensure_ascii=False)}\n'.encode()
 
 
 # ------------------------------------------------------------------------- what killed runs left

@@ -6,14 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import (
-    BinaryF1Score,
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MultilabelExactMatch,
-    MultilabelF1Score,
-)
+from torchmetrics import classification as of_torchmetrics
+from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MultilabelF1Score
 from torchmetrics.utilities import dim_zero_cat
+
+from dhrd_plugin.problem_type import decide
 
 
 class AnswerF1(BinaryF1Score):
@@ -63,14 +60,26 @@ class ExactMatch(Metric):
         return torch.tensor((count - wrong) / count if count else torch.nan, device=self.device)
 
 
-class MultilabelMicroF1(MultilabelF1Score):
+class _OfDecisions(Metric):
+    """Counts what is answered: torchmetrics' own threshold has a probability of exactly one half as a no."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Take in a batch: [B, K] probabilities, [B, K] zeros and ones."""
+        super().update(decide(preds, multi_label=True).long(), target)
+
+
+class MultilabelExactMatch(_OfDecisions, of_torchmetrics.MultilabelExactMatch):
+    """Share of the rows whose decisions are all right."""
+
+
+class MultilabelMicroF1(_OfDecisions, MultilabelF1Score):
     """F1 of all decisions, each row's on each class, together. A name of its own: metrics are logged by their class."""
 
     def __init__(self, num_labels: int, **options: Any):
         super().__init__(num_labels, average='micro', **options)
 
 
-class MultilabelMacroF1(MultilabelF1Score):
+class MultilabelMacroF1(_OfDecisions, MultilabelF1Score):
     """The mean over the classes of their F1."""
 
     def __init__(self, num_labels: int, **options: Any):

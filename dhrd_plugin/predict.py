@@ -15,10 +15,11 @@ from transformers.utils import logging
 from dhrd_plugin import files, ranks
 from dhrd_plugin.cli import Parser, number, run
 from dhrd_plugin.data.tasks import Task
-from dhrd_plugin.data.texts import Text, read_lines, read_texts
+from dhrd_plugin.data.texts import Text, check_arguments, read_lines, read_texts
 from dhrd_plugin.errors import UserError, tell, user_errors
-from dhrd_plugin.export.classify import PRECISIONS, predict_on_ranks
+from dhrd_plugin.export.classify import PRECISIONS, logits_on_ranks
 from dhrd_plugin.export.load import RUNTIMES, Classifier, open_classifier, runtime_for
+from dhrd_plugin.problem_type import to_probabilities
 from dhrd_plugin.streams.remote import is_remote
 
 WINDOW = 2048  # texts that a rank holds at a time, and sorts by their length
@@ -66,6 +67,7 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
+    check_arguments(args.texts, args.input)
     ranks.initialize()
     ranks.from_rank_zero(lambda: _check_output(args))
     classifier = open_classifier(args.model, runtime_for(args.runtime, args.precision))
@@ -98,7 +100,8 @@ def _read(args: argparse.Namespace, task: Task | None) -> Iterator[Text]:
 def _answers(classifier: Classifier, texts: list[Text], args: argparse.Namespace) -> list[dict[str, Any]]:
     """What is written of each text; every rank calls it with the same texts."""
     model, tokenizer, limit = classifier.model, classifier.tokenizer, classifier.max_seq_len
-    found = predict_on_ranks(model, tokenizer, texts, args.batch_size, args.precision, limit)
+    logits = logits_on_ranks(model, tokenizer, texts, args.batch_size, args.precision, limit)
+    found = to_probabilities(logits, classifier.multi_label)
     names = classifier.label_names
     labels = classifier.labels_of(found, args.abstain)
     return [
@@ -154,7 +157,7 @@ def _writing(path: Path | None, classifier: Classifier) -> Iterator[Write]:
     else:
         with user_errors(path, OSError), files.replacing(path) as file:
             if path.suffix == '.jsonl':
-                yield lambda rows: file.writelines(line.encode() for line in map(_line, rows)) or None
+                yield lambda rows: file.writelines(map(files.json_line, rows)) or None
             else:
                 with _parquet(file, classifier.label_names, classifier.multi_label) as write:
                     yield write
@@ -173,9 +176,5 @@ def _parquet(file: Any, names: Sequence[str], several: bool) -> Iterator[Write]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    sys.stdout.write(''.join(map(_line, rows)))
+    sys.stdout.write(b''.join(map(files.json_line, rows)).decode())
     sys.stdout.flush()
-
-
-def _line(row: dict[str, Any]) -> str:
-    return f'{json.dumps(row, ensure_ascii=False)}\n'

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dhrd_plugin.calibration import BOUNDS, at_temperature, calibrate, calibration_error, fit_temperature
+from dhrd_plugin.calibration import BOUNDS, at_temperature, calibrate, calibration_error, fit_temperature, reliability
 
 
 def sharpened(temperature, classes=3, count=2000):
@@ -41,3 +41,21 @@ def test_fitted_on_one_half_the_error_of_the_other_is_lower_and_the_labels_are_t
     assert calibration_error(after, truth) < 0.3 * calibration_error(before, truth)
     assert torch.equal(before.argmax(-1), after.argmax(-1))
     torch.testing.assert_close(at_temperature(after, 1 / found['temperature']), before, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ('sure', 'right', 'expected'),
+    [
+        ((1.0, 0.95), (45, 50), 0.025),  # the last bin holds those that are certain
+        ((0.8, 0.75), (50, 25), 0.025),  # 12 / 15 is the end of a bin, which is in it
+        ((0.9, 0.7), (50, 25), 0.15),  # two bins
+    ],
+)
+def test_the_error_is_that_of_the_bins_that_are_told(sure, right, expected):
+    probabilities = torch.tensor([[p, 1 - p] for p in sure for _ in range(50)])
+    labels = torch.tensor([int(index >= count) for count in right for index in range(50)])
+    bins = reliability(probabilities, labels)
+    assert len(bins) == (2 if sure == (0.9, 0.7) else 1)
+    assert calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-6)
+    found = sum(row['rows'] / 100 * abs(row['confidence'] - row['accuracy']) for row in bins)
+    assert calibration_error(probabilities, labels) == pytest.approx(found)

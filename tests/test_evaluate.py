@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 import torch
 from composer import Trainer
@@ -14,10 +15,11 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precisio
 from tiny import LABELS, tiny_classifier, tiny_lm, tiny_tokenizer, triplet
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from dhrd_plugin import load_classifier
 from dhrd_plugin.data.shards import write_triplets
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError
-from dhrd_plugin.evaluate import BINS, describe, draw, evaluate, label_order, main, report_on
+from dhrd_plugin.evaluate import BINS, FILES, describe, draw, evaluate, label_order, main, report_on
 from dhrd_plugin.export.write import write_slim
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -116,6 +118,22 @@ def test_pictures_and_tables_of_many_classes_are_bounded(tmp_path, classes, wide
         assert lines[5].endswith(f'  {names[0][:39]}… 3, {names[1][:39]}… 2')
 
 
+@pytest.mark.parametrize('problem', ['single_label_classification', 'multi_label_classification'])
+def test_a_class_may_have_any_name(tmp_path, monkeypatch, problem):
+    """Dollar signs are no formula, and names alike in all that is shown of them have a row or a bar each."""
+    names = ['$0-$50', '$50_$100', f'{"x" * 50}1', f'{"x" * 50}2']
+    task = load_task({'prompt': '{text}', 'labels': names, 'problem_type': problem})
+    label = {name: [name] if task.multi_label else name for name in names}
+    rows = [{'id': name, 'label': label[name], 'group': ''} for name in names]
+    figures, save = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', lambda *a, **k: figures.append(a[0]) or save(*a, **k))
+    draw(evaluate(torch.eye(4), rows, task), tmp_path)
+    axes = figures[0].axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [*names[:2], *[f'{"x" * 39}…'] * 2]
+    if task.multi_label:
+        assert len({bar.get_y() for bar in axes.patches}) == 4
+
+
 def test_labels_are_found_by_name():
     assert label_order(['no', 'maybe', 'yes'], ['yes', 'no', 'maybe']) == [2, 0, 1]
     assert label_order(['LABEL_0', 'LABEL_1'], ['yes', 'no']) == [0, 1]
@@ -206,6 +224,41 @@ def test_several_places_are_one_set(places, capsys, tmp_path):
     assert capsys.readouterr().out == ''
 
 
+def test_rows_of_several_places_stay_apart(places, tmp_path):
+    """Two files alike, but that all answers of one are right and all of the other are wrong."""
+    (tmp_path / 'em.yaml').write_text(OmegaConf.to_yaml({**TASK, 'metrics': ['em'], 'group': 'group'}))
+    right = load_classifier(places / 'slim').predict([row['input_text'] for row in ROWS])
+    for name, labels in (('a', right), ('b', [LABELS[LABELS.index(label) - 1] for label in right])):
+        rows = [{**row, 'label': label, 'group': row['id'][0]} for row, label in zip(ROWS, labels)]
+        (tmp_path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    both = [tmp_path / 'a.jsonl', tmp_path / 'b.jsonl']
+    for data, expected in ((both[:1], 1), (both[1:], 0), (both, 0.5)):
+        report = report_on(places / 'slim', data, str(tmp_path / 'em.yaml'), output=tmp_path / 'report')
+        assert report['metrics']['em'] == expected
+    lines = [json.loads(line) for line in (tmp_path / 'report' / 'predictions.jsonl').read_text().splitlines()]
+    assert [line['id'] for line in lines] == [f'{place}:{row["id"]}' for place in (1, 2) for row in ROWS]
+    assert [line['group'] for line in lines] == [f'{place}:{row["id"][0]}' for place in (1, 2) for row in ROWS]
+
+
+def test_a_mount_point_takes_a_report(places, tmp_path, tmpfs):
+    out = tmpfs(tmp_path / 'volume', '2m')
+    for _ in range(2):
+        report_on(places / 'slim', [places / 'rows.jsonl'], output=out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+
+
+def test_a_report_that_cannot_be_written_is_printed(places, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(28, 'No space left on device')
+
+    expected = report_of(capsys, places / 'slim', places / 'rows.jsonl')
+    monkeypatch.setattr('dhrd_plugin.evaluate.draw', fail)
+    assert main([str(places / 'slim'), str(places / 'rows.jsonl'), '--output', str(tmp_path / 'out')]) == 2
+    out, error = capsys.readouterr()
+    assert out == expected and f'error: {tmp_path}/out: No space left' in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_ranks_read_every_row_once(places, tmp_path):
     script = Path(__file__).parent.parent / 'scripts' / 'evaluate.py'
     done = run_ranks(2, script, places / 'slim', places / 'rows.jsonl', '--output', tmp_path)
@@ -228,6 +281,7 @@ def test_two_ranks_read_every_row_once(places, tmp_path):
         (['slim', 'rows.jsonl', '--task', 'rte'], "expected the task's ['entailment', 'not_entailment']"),
         (['slim', 'absent.jsonl'], 'absent.jsonl'),
         (['slim', 'shards', '--task', 'em.yaml'], 'row 0: group: missing; exact match (em) counts rows by their'),
+        (['slim', 'shards', '--split', 'test'], "shards: is one set of shards; leave out the split 'test'"),
         (['slim', 'rows.jsonl', '--batch-size', '0'], "found '0'; expected a whole number from 1"),
     ],
 )

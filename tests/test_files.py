@@ -133,6 +133,40 @@ def test_a_link_is_followed_and_stays(out):
     assert sorted(path.name for path in out.parent.iterdir()) == ['link', 'out']
 
 
+def test_a_file_that_is_replaced_may_be_a_link(out):
+    link = out.with_name('link')
+    for target, made in (('out/old', ['link', 'out', 'out/old']), ('out/new', ['link', 'out', 'out/new', 'out/old'])):
+        link.symlink_to(target)
+        with files.replacing(link) as file:
+            file.write(target.encode())
+        assert os.readlink(link) == target and (out.parent / target).read_text() == target
+        assert names(out.parent) == made
+        link.unlink()
+    link.symlink_to('outside')  # what comes out of an index or a cache may not be written through one
+    files.write_bytes(link, b'x')
+    assert not link.is_symlink() and not (out.parent / 'outside').exists()
+
+
+@pytest.mark.parametrize('there', [True, False])
+def test_a_folder_is_filled_beside_what_else_is_there(out, there):
+    if not there:
+        (out / 'old').unlink()
+        out.rmdir()
+    before = names(out.parent)
+    with pytest.raises(KeyError), files.filling(out) as folder:
+        (folder / 'new').touch()
+        raise KeyError
+    assert names(out.parent) == before
+    with files.filling(out) as folder:
+        assert folder.parent == (out if there else out.parent)  # what is above a folder may be no place to write
+        (folder / 'new').touch()
+    assert names(out) == ['new', 'old'][: 1 + there] and names(out.parent)[0] == 'out'
+    (out / '.new.0123abcd.tmp').mkdir()  # left by a kill
+    with files.filling(out):
+        pass
+    assert names(out) == ['new', 'old'][: 1 + there]
+
+
 @pytest.mark.parametrize('stop', [OSError, KeyboardInterrupt])
 def test_what_could_not_be_replaced_is_as_it_was(out, monkeypatch, stop):
     real, calls = os.rename, []

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / 'dhrd_plugin'
 # From the ground up: a module imports from its own floor and those below it. The first part of a name, or the name.
 FLOORS = [
-    {'arguments', 'errors', 'redact', 'ranks', 'files', 'times', 'problem_type'},
+    {'arguments', 'errors', 'redact', 'ranks', 'files', 'pictures', 'times', 'problem_type'},
     {'calibration', 'losses', 'metrics', 'data.triplet'},
     {'streams'},
     {'models'},

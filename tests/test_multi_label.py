@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 
 import pandas as pd
 import pytest
@@ -14,17 +15,18 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, pipeline
 
 from dhrd_plugin import RationaleCollator, TripletCollator, load_classifier, train, write_triplets
-from dhrd_plugin.calibration import calibrate
+from dhrd_plugin.calibration import calibrate, calibration_error
 from dhrd_plugin.cli import main
 from dhrd_plugin.data.data_spec import split_by_length
 from dhrd_plugin.data.inspect import inspect_set
 from dhrd_plugin.data.labels import with_labels
 from dhrd_plugin.data.prepare import write_rows
-from dhrd_plugin.data.tasks import load_task
+from dhrd_plugin.data.tasks import MULTI_LABEL_METRICS, load_task
 from dhrd_plugin.data.triplet import BadRow
 from dhrd_plugin.errors import UserError
-from dhrd_plugin.evaluate import report_on
+from dhrd_plugin.evaluate import evaluate, predictions, report_on
 from dhrd_plugin.losses import binary_cross_entropy
+from dhrd_plugin.metrics import build_metrics
 from dhrd_plugin.training.builders import find_streams
 from dhrd_plugin.training.config import LoaderConfig
 
@@ -305,6 +307,35 @@ def test_a_temperature_makes_each_decision_as_sure_as_it_is_right():
     found = calibrate(logits * 3, labels)
     assert found['temperature'] == pytest.approx(3, rel=0.1) and found['rows'] == 4000
     assert found['ece_after'] < 0.02 < found['ece_before']
+
+
+def test_a_probability_of_one_half_is_a_yes_everywhere():
+    task, probabilities = load_task(NAMED), torch.tensor([[0.5, 0.9, 0.1], [0.4, 0.5, 0.6]])
+    labels = [['access', 'billing'], ['billing', 'delivery']]
+    rows = [{**row, 'label': label, 'group': ''} for row, label in zip(triplets(2), labels)]
+    report = evaluate(probabilities, rows, task)
+    assert [row['prediction'] for row in predictions(probabilities, rows, task)] == labels
+    assert report['metrics'] == dict.fromkeys(MULTI_LABEL_METRICS, 1.0)
+    assert all((row['precision'], row['recall']) == (1, 1) for row in report['classes'].values())
+    truth = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    for metric in build_metrics(MULTI_LABEL_METRICS, 3, multi_label=True):  # as a training has them
+        metric.update(probabilities, truth)
+        assert float(metric.compute()) == 1
+
+
+def test_the_error_without_the_temperature_is_the_one_that_calibrate_had(run, tmp_path, monkeypatch):
+    """Also where a temperature below 1 makes decisions so sure that fp32 has them for certain."""
+    shutil.copytree(run / 'slim', tmp_path / 'slim')
+    config = json.loads((tmp_path / 'slim' / 'config.json').read_text())
+    config['dhrd']['calibration']['temperature'] = 0.1
+    (tmp_path / 'slim' / 'config.json').write_text(json.dumps(config))
+    logits = torch.randn(80, 3, generator=torch.Generator().manual_seed(0)) * 3
+    monkeypatch.setattr('dhrd_plugin.evaluate.logits_on_ranks', lambda *_: logits / 0.1)
+    found = report_on(tmp_path / 'slim', [run / 'val.csv'])['calibration']
+    truth = torch.tensor([[int(name in row['topics']) for name in TOPICS] for row in tickets(80, 2)])
+    decisions = torch.stack([torch.zeros(240), logits.flatten()], -1)
+    for error, scores in ((found['before']['ece'], decisions), (found['ece'], decisions / 0.1)):
+        assert error == pytest.approx(calibration_error(scores.softmax(-1), truth.flatten()), abs=1e-5)
 
 
 def test_evaluate_refuses_a_classifier_of_the_other_kind(run, tmp_path):

@@ -1,6 +1,7 @@
 """Where dhrd predict finds its texts, and which it refuses."""
 
 import csv
+import datetime
 import io
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny import LABELS, tiny_classifier, tiny_tokenizer, triplet
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from dhrd_plugin import load_classifier
+from dhrd_plugin.data.rows import read_rows
 from dhrd_plugin.data.shards import write_triplets
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.texts import as_argument, read_lines
@@ -231,6 +233,55 @@ def test_an_output_may_be_written_again(slim, tmp_path, capsys, name):
         assert capsys.readouterr().out == ''
     found = pq.read_table(tmp_path / name).num_rows if 'q' in name else (tmp_path / name).read_text().count('\n')
     assert found == 1
+
+
+def test_an_output_that_is_a_link_is_written_where_it_points(slim, tmp_path, capsys):
+    (tmp_path / 'real').mkdir()
+    (tmp_path / 'link.jsonl').symlink_to('real/out.jsonl')
+    for texts in (TEXTS, TEXTS[:1]):
+        assert main([str(slim), *texts, '--output', str(tmp_path / 'link.jsonl')]) == 0
+        assert (tmp_path / 'real' / 'out.jsonl').read_text().count('\n') == len(texts)
+    assert (tmp_path / 'link.jsonl').is_symlink() and len([*tmp_path.rglob('*')]) == 3
+
+
+def test_arguments_that_name_a_place_are_no_texts(refused, slim, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'new.csv').write_bytes(csv_of(ROWS))
+    write_triplets([triplet(0)], tmp_path / 'set')
+    for names in (['new.csv'], ['set'], ['new.csv', 'set']):
+        expected = f'error: {names[0]}: found a place that holds texts; expected a text, or --input {names[0]}'
+        assert refused('predict', slim, *names) == expected
+    expected = 'error: --input: new.csv: found beside texts; expected one or the other'
+    assert refused('predict', slim, 'w1', '--input', 'new.csv') == expected
+    assert len(printed(capfd, slim, '{"input_text": "new.csv"}')) == 1
+    assert len(printed(capfd, slim, 'new.csv', 'w1')) == 2
+
+
+@pytest.mark.parametrize('name', ['new.tsv', 'new.TAB'])
+def test_a_table_is_not_read_as_lines(refused, slim, tmp_path, capfd, s3, name):
+    table = b'id\ttext\n1\tw1\n'
+    (tmp_path / name).write_bytes(table)
+    s3.put(f'predict/{name}', table)
+    words = f'{name}: unknown kind of file {name[-4:]!r}; expected a name that ends in .csv'
+    for place in (tmp_path / name, f'{s3.bucket}/predict/{name}'):
+        assert refused('predict', slim, '--input', place) == f'error: {place}: {words.partition(": ")[2]}'
+    (tmp_path / name).rename(tmp_path / 'new.csv')
+    assert [row['id'] for row in printed(capfd, slim, '--input', tmp_path / 'new.csv')] == ['1']
+
+
+@pytest.mark.parametrize('kind', ['date', 'struct'])
+def test_a_parquet_cell_that_python_has_no_value_for_is_named(refused, slim, tmp_path, kind):
+    late = pa.array([0, 10_000_000], pa.int32()).cast(pa.date32())
+    alike = pa.StructArray.from_arrays([pa.array([1, 2])] * 2, names=['k', 'k'])
+    pq.write_table(pa.table({'text': ['w1', 'w2'], 'more': late if kind == 'date' else alike}), tmp_path / 'a.parquet')
+    line = refused('predict', slim, '--input', tmp_path / 'a.parquet')
+    row = 2 if kind == 'date' else 1
+    assert line.startswith(f'error: {tmp_path}/a.parquet, row {row}, field more: has no value in Python: ')
+    bad = []
+    assert [row.fields for row in read_rows(tmp_path / 'a.parquet', bad.append)] == (
+        [{'text': 'w1', 'more': datetime.date(1970, 1, 1)}] if kind == 'date' else []
+    )
+    assert {error.field for error in bad} == {'more'}
 
 
 def test_it_abstains_below_a_probability(slim, tmp_path, capsys):

@@ -5,8 +5,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dhrd_plugin import pictures
 from dhrd_plugin.comparison.results import read_results
-from dhrd_plugin.errors import UserError
 from dhrd_plugin.files import write_bytes
 
 if TYPE_CHECKING:  # these need the extra
@@ -37,13 +37,7 @@ def write_report(folder: Path) -> list[Path]:
 
 def check_extra() -> None:
     """Refuse to go on without the extra ``report``."""
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"report: {error.name} is not installed; pip install 'dhrd-plugin[report]'") from None
+    pictures.check_extra('report', 'jinja2', 'matplotlib', 'scipy', 'sklearn')
 
 
 def html(report: 'Report') -> str:

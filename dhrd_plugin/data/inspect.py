@@ -26,6 +26,7 @@ from dhrd_plugin.data.triplet import (
 )
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.files import check_file, replacing, write_bytes
+from dhrd_plugin.pictures import check_extra, drawing
 from dhrd_plugin.streams.index import INDEX, check_bytes, check_columns, parse_index
 from dhrd_plugin.streams.remote import is_remote, join, read
 
@@ -75,7 +76,8 @@ def inspect_set(place: str | Path, rows: int = 10, tokenizer: str | None = None)
         stored = entry['zip_data'] or entry['raw_data']
         contents.shard_count += 1
         contents.bytes += stored['bytes']
-        contents.hashes |= set(stored['hashes'])
+        hashes = set(stored['hashes'])
+        contents.hashes = hashes if contents.shard_count == 1 else contents.hashes & hashes
         contents.rows += len(triplets)
         contents.labels.update(name for row in triplets for name in counted_as(row))
         contents.without_rationale += sum(row['rationale'] is None for row in triplets)
@@ -159,6 +161,7 @@ def _show(args: argparse.Namespace) -> None:
     if args.tokenizer:
         load_collator(args.tokenizer)  # a wrong name fails now, not after the reading
     if args.png:
+        check_extra('--png', 'matplotlib')
         check_file(args.png, '--png', "matplotlib's pictures", lambda path: b'Matplotlib' in path.read_bytes()[:4096])
     with user_errors(args.place, OSError):
         contents = inspect_set(args.place, args.rows, args.tokenizer)
@@ -179,11 +182,10 @@ def _short(value: object, width: int = 300) -> str:
     return text if len(text) <= width else f'{text[:width]} ... ({len(text):,} characters)'
 
 
+@drawing()
 def _draw(contents: Contents, unit: str, path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--png: needs matplotlib; run pip install 'dhrd-plugin[report]'") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4), layout='constrained')
     lengths, labels = figure.subplots(1, 2)
     for name, counts in (('input, rationale, answer', contents.findings.sequence), ('input', contents.findings.input)):
@@ -191,7 +193,8 @@ def _draw(contents: Contents, unit: str, path: Path) -> None:
     lengths.set(xlabel=unit, ylabel='rows', title='Lengths')
     lengths.legend()
     names = sorted(contents.labels)
-    labels.bar_label(labels.bar([name or '(none)' for name in names], [contents.labels[name] for name in names]))
+    labels.bar_label(labels.bar(range(len(names)), [contents.labels[name] for name in names]))
+    labels.set_xticks(range(len(names)), [name or '(none)' for name in names])
     labels.set(ylabel='rows', title='Labels')
     with replacing(path) as file:
         figure.savefig(file, format='png', dpi=120)

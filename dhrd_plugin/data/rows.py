@@ -338,19 +338,21 @@ def _read_parquet(path: Path, on_bad: OnBad) -> Iterator[Row]:
         rows = (batch.slice(index, 1) for batch in batches for index in range(batch.num_rows))
         for number, row in enumerate(rows, 1):
             where = f'{path}, row {number}'
-            try:
-                yield Row(where, number, *row.to_pylist())
-            except UnicodeDecodeError:
-                on_bad(BadRow(_broken_column(row), 'is not valid UTF-8', where))
+            with catching_bad(on_bad, where):
+                yield Row(where, number, _fields_of(row))
 
 
-def _broken_column(row: Any) -> str:
+def _fields_of(row: Any) -> dict[str, Any]:
+    """A row of a Parquet file as Python's values, which hold less than its own: no date beyond the year 9999."""
+    fields = {}
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
-            column.to_pylist()
+            (fields[name],) = column.to_pylist()
         except UnicodeDecodeError:
-            return name
-    return ''
+            raise BadRow(name, 'is not valid UTF-8') from None
+        except (ValueError, OverflowError) as error:
+            raise BadRow(name, f'has no value in Python: {one_line(error)}') from None
+    return fields
 
 
 def read_hub(source: str, task: Task, split: str | None) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def write_set(
     summary = {
         'format': FORMAT,
         'task': task.to_dict() if task else None,
-        'label_names': list(task.label_names) if task else sorted(labels),
+        'label_names': list(task.label_names) if task else sorted(filter(None, labels)),
         'rows': sum(found['rows'] for found in kinds),
         'labels': dict(labels),
         **{kind: sum(found[kind] for found in kinds) for kind in kinds[0] if kind != 'rows'},
@@ -232,7 +233,7 @@ def check_triplet(row: Mapping[str, Any], task: Task | None = None, labelled: bo
 
 def _check_label(label: object, task: Task | None, unlabelled: bool, soft: bool) -> str | list[str]:
     """The label of a triplet, '' where it may lack one; ``soft``: it has probabilities."""
-    if label is None and soft:
+    if label is None and (unlabelled or soft):
         return ''
     several = task is not None and task.multi_label
     if label not in ('', None) and isinstance(label, list) != several:
@@ -240,7 +241,8 @@ def _check_label(label: object, task: Task | None, unlabelled: bool, soft: bool)
         raise BadRow('label', f'found {spell(label)}; expected {wanted}')
     if several and soft:
         raise BadRow('probabilities', f'found in a {MULTI_LABEL} task; expected none')
-    return check_label(label, 'label', task and task.answers, unlabelled or soft)
+    found = check_label(label, 'label', task and task.answers, unlabelled or soft)
+    return sorted(found, key=task.label_names.index) if task and isinstance(found, list) else found
 
 
 def _chunks(triplets: Iterable[Triplet], limit: int) -> Iterator[list[Triplet]]:
@@ -298,7 +300,7 @@ def _write_shard(
 
     part = folder / f'part.{number:05}'
     writer = MDSWriter(out=str(part), size_limit=None, **options)
-    writer.encode_sample = encode_triplet  # pyright: ignore[reportAttributeAccessIssue]
+    writer.encode_sample = partial(encode_triplet, columns=options['columns'])  # pyright: ignore[reportAttributeAccessIssue]
     writer.shards = [{}] * number  # by their number it names the next
     for triplet in triplets:
         writer.write(triplet)  # pyright: ignore[reportArgumentType]
@@ -317,19 +319,20 @@ def _write_shard(
     return writer.shards[-1], labels, kinds, survey(triplets) if survey else None
 
 
-def encode_triplet(triplet: Triplet) -> bytes:
+def encode_triplet(triplet: Triplet, columns: Mapping[str, str] = COLUMNS) -> bytes:
     """The bytes that ``MDSWriter.encode_sample`` gives for a triplet, whose fields are checked, in a third of its time.
 
-    First the sizes of what varies, then the columns in the order of their names.
+    First the sizes of what varies, then the columns in the order of their names. Of ``columns`` only the label's kind
+    may be another: json, be it a list or the '' of an unlabelled row.
     """
-    label = triplet['label']
+    label: Any = triplet['label']
     texts = [
         triplet['answer'].encode(),
         json.dumps(triplet['cuttable']).encode(),
         triplet['group'].encode(),
         triplet['id'].encode(),
         triplet['input_text'].encode(),
-        (label if isinstance(label, str) else json.dumps(label)).encode(),
+        (json.dumps(label) if columns['label'] == 'json' else label).encode(),
         json.dumps(triplet['probabilities']).encode(),
         json.dumps(triplet['rationale']).encode(),
     ]

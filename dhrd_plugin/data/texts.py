@@ -1,7 +1,8 @@
 """Texts to classify: plain text, rows of files and shards, here or at an address, by the classifier's own template."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from dhrd_plugin.files import temporary, write_bytes
 from dhrd_plugin.streams.index import INDEX
 from dhrd_plugin.streams.remote import is_remote, read
 
+TABLES = ('.tsv', '.tab')  # whose lines nobody means as texts, header and all; a CSV file may have tabs, too
+
 
 class Text(NamedTuple):
     """A text to classify."""
@@ -47,7 +50,7 @@ def read_texts(place: str, task: Task | None) -> Iterator[Text]:
         UserError: nothing is there, or it cannot be read; of a row the error has the place.
     """
     path = Path(place).expanduser()
-    if is_remote(place) and kind_of(place) in (*SUFFIXES, '.txt'):
+    if is_remote(place) and kind_of(place) in (*SUFFIXES, *TABLES, '.txt'):
         yield from _read_remote(place, task)
     elif is_remote(place) or (path / INDEX).is_file():
         yield from _read_set(place)
@@ -56,6 +59,22 @@ def read_texts(place: str, task: Task | None) -> Iterator[Text]:
     else:
         why = ', a folder without index.json' if path.is_dir() else ''
         raise UserError(f'--input: no such file: {place}{why}')
+
+
+def check_arguments(texts: Sequence[str], place: str | None) -> None:
+    """Refuse arguments of ``dhrd predict`` that can be meant in two ways.
+
+    Args:
+        texts: to classify.
+        place: of other texts, if there is one.
+
+    Raises:
+        UserError: both are given; or all texts are names of places, of which nobody wants to know the class.
+    """
+    if texts and place is not None:
+        raise UserError(f'--input: {place}: found beside texts; expected one or the other')
+    if texts and all(os.path.isfile(text) or os.path.isfile(os.path.join(text, INDEX)) for text in texts):
+        raise UserError(f'{texts[0]}: found a place that holds texts; expected a text, or --input {texts[0]}')
 
 
 def read_lines(lines: Iterable[bytes], task: Task | None, where: str) -> Iterator[Text]:
@@ -102,6 +121,8 @@ def _read_file(path: Path, task: Task | None) -> Iterator[Text]:
             with catching_bad(raise_bad, row.where):
                 yield from _from_row(row.fields, task, row.where, typed=kind_of(path) != '.csv')
         return
+    if kind_of(path) in TABLES:
+        raise UserError(f'{path}: unknown kind of file {path.suffix!r}; expected a name that ends in .csv')
     with user_errors(f'--input: {path}', OSError):
         check_is_text(path)
         with path.open('rb') as file:

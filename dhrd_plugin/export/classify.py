@@ -19,7 +19,6 @@ CPU_PADDING = 64
 PRECISIONS = ('fp32', 'amp_bf16')
 
 
-@torch.inference_mode()
 def predict(
     model: Any,
     tokenizer: Any,
@@ -46,6 +45,20 @@ def predict(
         UserError: a text of no token, or of more than the model has positions for, before any is classified; a model
             that cannot be run on them, or whose logits are not finite.
     """
+    logits = _logits(model, tokenizer, texts, batch_size, places, precision)
+    return to_probabilities(logits, is_multi_label(model.config))
+
+
+@torch.inference_mode()
+def _logits(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    batch_size: int | None,
+    places: Sequence[str] | None,
+    precision: str,
+) -> Tensor:
+    """[N, K] logits, fp32; arguments of :func:`predict`."""
     encoded = tokenizer(list(texts), verbose=False)['input_ids'] if texts else []
     _check_lengths(model, [len(ids) for ids in encoded], places or [f'text {i}' for i in range(1, len(texts) + 1)])
     device = model.device.type
@@ -59,16 +72,16 @@ def predict(
             with torch.autocast(device, torch.bfloat16, enabled=precision == 'amp_bf16'):
                 logits = model(**inputs).logits
         order += rows
-        found.append(to_probabilities(logits, is_multi_label(model.config)))  # a GPU is waited for once, at the end
-    probabilities = torch.zeros(len(texts), model.config.num_labels)
+        found.append(logits.float())  # a GPU is waited for once, at the end
+    logits = torch.zeros(len(texts), model.config.num_labels)
     if found:
-        probabilities[order] = torch.cat(found).cpu()
-    if not probabilities.isfinite().all():
+        logits[order] = torch.cat(found).cpu()
+    if not logits.isfinite().all():
         raise UserError('the model gives logits that are not finite; expected the weights of a training that converged')
-    return probabilities
+    return logits
 
 
-def predict_texts(
+def logits_of_texts(
     model: Any,
     tokenizer: Any,
     texts: Sequence[Text],
@@ -76,15 +89,15 @@ def predict_texts(
     precision: str = 'fp32',
     limit: int | None = None,
 ) -> Tensor:
-    """:func:`predict` of texts that know where they stand.
+    """[N, K] logits, fp32, of N texts that know where they stand; for the other arguments see :func:`predict`.
 
     Of one with more than ``limit`` tokens what may be cut is cut (:func:`~dhrd_plugin.data.truncate.fit`).
     """
     cut = [fit(tokenizer, text.text, text.cuttable, limit) for text in texts]
-    return predict(model, tokenizer, cut, batch_size, [text.where for text in texts], precision)
+    return _logits(model, tokenizer, cut, batch_size, [text.where for text in texts], precision)
 
 
-def predict_on_ranks(
+def logits_on_ranks(
     model: Any,
     tokenizer: Any,
     texts: Sequence[Text],
@@ -92,24 +105,24 @@ def predict_on_ranks(
     precision: str = 'fp32',
     limit: int | None = None,
 ) -> Tensor:
-    """:func:`predict_texts` of the same N texts on every rank, which all have to call it; rank i % n has text i.
+    """:func:`logits_of_texts` of the same N texts on every rank, which all have to call it; rank i % n has text i.
 
     Returns:
-        [N, K] probabilities, fp32, on every rank.
+        [N, K] logits, fp32, on every rank.
     """
     step = ranks.world_size()
     mine = texts[ranks.rank() :: step]
     found: Tensor | str
     try:
-        found = predict_texts(model, tokenizer, mine, batch_size, precision, limit)
+        found = logits_of_texts(model, tokenizer, mine, batch_size, precision, limit)
     except UserError as error:  # told by all ranks: none waits for one that has gone
         found = str(error)
-    probabilities = torch.zeros(len(texts), model.config.num_labels)
+    logits = torch.zeros(len(texts), model.config.num_labels)
     for index, part in enumerate(ranks.gather(found)):
         if isinstance(part, str):
             raise UserError(part)
-        probabilities[index::step] = part
-    return probabilities
+        logits[index::step] = part
+    return logits
 
 
 def _check_lengths(model: Any, lengths: Sequence[int], places: Sequence[str]) -> None:

@@ -16,11 +16,11 @@ from transformers import AutoTokenizer
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.data.texts import texts_of
 from dhrd_plugin.errors import UserError, one_line, user_errors
-from dhrd_plugin.export.classify import predict_texts
+from dhrd_plugin.export.classify import logits_of_texts
 from dhrd_plugin.export.int8 import NAME as INT8
 from dhrd_plugin.export.onnx import NAME, OnnxClassifier
 from dhrd_plugin.models.build import load_slim
-from dhrd_plugin.problem_type import confidence, decide, is_multi_label
+from dhrd_plugin.problem_type import confidence, decide, is_multi_label, to_probabilities
 from dhrd_plugin.streams.remote import is_remote
 
 RUNTIMES = ('torch', 'onnx')
@@ -72,7 +72,8 @@ class Classifier:
             UserError: a text or row cannot be classified; it is named by its number, from 1.
         """
         found = texts_of(texts, self.template)
-        return predict_texts(self.model, self.tokenizer, found, batch_size, limit=self.max_seq_len)
+        logits = logits_of_texts(self.model, self.tokenizer, found, batch_size, limit=self.max_seq_len)
+        return to_probabilities(logits, self.multi_label)
 
     def predict(self, texts: Any, abstain: float | None = None, batch_size: int | None = None) -> list[Any]:
         """Find the answer to each text, as :meth:`labels_of` has it. See ``predict_proba``."""

@@ -10,6 +10,8 @@ import pytest
         (['train', 'no.yaml'], 'no.yaml: no such file'),
         (['predict'], 'the following arguments are required: model'),
         (['predict', 'nowhere', 'a text'], 'nowhere: expected a folder with config.json'),
+        (['predict', 'nowhere', 'a text', '--input', 'a.csv'], '--input: a.csv: found beside texts; expected one or'),
+        (['predict', 'nowhere', __file__], 'found a place that holds texts; expected a text, or --input'),
         (['predict', 'nowhere', 'a text', '--batch-size', '0'], "--batch-size: found '0'; expected a whole number"),
         (['evaluate', 'nowhere', 'rte'], 'nowhere: expected a folder with config.json'),
         (['export', 'nowhere.pt', 'out'], 'nowhere.pt: no such file'),

@@ -57,6 +57,26 @@ def test_printed_and_drawn(tmp_path, capsys):
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_a_hash_is_checked_where_every_shard_has_it(tmp_path, capsys):
+    write_triplets(ROWS[:2], tmp_path / 'set', size_limit=1)
+    path = tmp_path / 'set' / 'index.json'
+    for left, words in ((['sha1'], 'sha1'), ([], 'none')):
+        index = json.loads(path.read_text())
+        hashes = index['shards'][1]['raw_data']['hashes']
+        index['shards'][1]['raw_data']['hashes'] = {name: hashes[name] for name in left}
+        path.write_text(json.dumps(index))
+        assert inspect_set(tmp_path / 'set').hashes == set(left)
+        assert main([str(tmp_path / 'set')]) == 0
+        assert f'hashes checked: {words}' in capsys.readouterr().out.replace('\n', ':')
+
+
+def test_a_class_of_any_name_is_drawn(tmp_path):
+    labels = ['$0-$50', '$50_$100', '(none)']
+    rows = [{'id': f'r{name}', 'input_text': 'x', 'label': name} for name in ['', *labels]]
+    write_triplets(rows, tmp_path / 'set', labelled=False)
+    assert main([str(tmp_path / 'set'), '--png', str(tmp_path / 'a.png')]) == 0
+
+
 def test_columns_with_a_default_may_be_missing(tmp_path):
     columns = dict.fromkeys(('id', 'input_text', 'label'), 'str')
     with MDSWriter(columns={**columns, 'source': 'str'}, out=str(tmp_path / 'set')) as writer:

@@ -19,6 +19,7 @@ from dhrd_plugin.data.collator import TripletCollator
 from dhrd_plugin.data.inspect import inspect_set
 from dhrd_plugin.data.shards import cached_shards, check_triplet, encode_triplet, read_summary, write_triplets
 from dhrd_plugin.data.tasks import load_task
+from dhrd_plugin.data.texts import read_texts
 from dhrd_plugin.data.triplet import COLUMNS
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError
@@ -90,6 +91,15 @@ def bare_writer(tmp_path_factory):
 @given(triplets)
 def test_a_row_has_the_bytes_that_streaming_gives_it(bare_writer, row):
     assert encode_triplet(row) == bare_writer.encode_sample(row)
+
+
+@pytest.mark.parametrize(('kind', 'labels'), [('str', ['', 'yes', 'é']), ('json', ['', [], ['a'], ['b', 'é']])])
+def test_a_label_of_every_kind_has_the_bytes_that_streaming_gives_it(tmp_path, kind, labels):
+    columns = {**COLUMNS, 'label': kind}
+    writer = MDSWriter(columns=columns, out=str(tmp_path / 'set'))
+    for label in labels:
+        row = {**rows(1)[0], 'label': label}
+        assert encode_triplet(row, columns) == writer.encode_sample(row)
 
 
 def test_one_shard_has_the_bytes_of_a_bare_writer(tmp_path):
@@ -203,6 +213,30 @@ def test_a_bad_triplet_leaves_the_old_set(tmp_path, change, message):
 def test_unlabelled_rows_where_they_are_asked_for(tmp_path):
     write_triplets([{'id': 'a', 'input_text': 'x', 'label': ''}], tmp_path / 'set', task=RTE, labelled=False)
     assert [(row['label'], row['answer']) for row in read(tmp_path / 'set')] == [('', '')]
+
+
+@pytest.mark.parametrize('problem', ['single_label_classification', 'multi_label_classification'])
+def test_a_set_of_unlabelled_rows_can_be_read(tmp_path, problem):
+    task = load_task({'prompt': '{text}', 'labels': ['a', 'b'], 'problem_type': problem})
+    some = ['a'] if task.multi_label else 'a'
+    given = [{'id': str(i), 'input_text': 'x', **more} for i, more in enumerate([{}, {'label': None}, {'label': some}])]
+    summary = write_triplets(given, tmp_path / 'set', task=task, labelled=False)
+    assert (summary['without_target'], summary['labels']) == (2, {'a': 1, 'b': 0, '': 2})
+    found = [row['label'] for row in inspect_set(tmp_path / 'set').first]
+    assert found == [row['label'] for row in read(tmp_path / 'set')] == ['', '', some]
+    (out,) = {text.text for text in read_texts(str(tmp_path / 'set'), None)}
+    assert out == 'x'
+
+
+def test_no_label_is_no_class(tmp_path):
+    given = [{'id': '0', 'input_text': 'x'}, {'id': '1', 'input_text': 'x', 'label': 'a'}]
+    assert write_triplets(given, tmp_path / 'set', labelled=False)['label_names'] == ['a']
+
+
+def test_labels_stand_in_the_order_of_the_classes(tmp_path):
+    task = load_task({'prompt': '{text}', 'labels': ['b', 'a'], 'problem_type': 'multi_label_classification'})
+    write_triplets([{'id': '0', 'input_text': 'x', 'label': ['a', 'b']}], tmp_path / 'set', task=task)
+    assert [(row['label'], row['answer']) for row in read(tmp_path / 'set')] == [(['b', 'a'], 'b, a')]
 
 
 def test_a_row_of_probabilities_needs_no_label(tmp_path):
