@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as one upload meets: creates a repository, takes one commit of plain files."""
+"""As much of the Hugging Face hub as uploads meet: creates a repository, lists it, takes commits of plain files."""
 
 import base64
 import json
@@ -30,6 +30,8 @@ class Hub(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line['key'] == 'file':
                 self.server.repos[repo][line['value']['path']] = base64.b64decode(line['value']['content'])
+            elif line['key'] == 'deletedFile':
+                del self.server.repos[repo][line['value']['path']]
             elif line['key'] == 'header':
                 self.server.messages.append(line['value']['summary'])
         self._answer(200, {'commitUrl': f'{self.server.address}/{repo}/commit/1', 'commitOid': '1' * 40})
@@ -37,7 +39,14 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.headers.get('Authorization') != 'Bearer hf_good':
             return self._answer(401, {'error': 'Invalid credentials in Authorization header'})
-        repo = self.path.removeprefix('/api/models/').split('/revision/')[0]
+        path = self.path.removeprefix('/api/models/')
+        repo, tree, _ = path.partition('/tree/')
+        if tree:
+            files = self.server.repos[repo].items()
+            return self._answer(
+                200, [{'type': 'file', 'path': name, 'size': len(data), 'oid': '0' * 40} for name, data in files]
+            )
+        repo = path.split('/revision/')[0]
         self._answer(200, {'id': repo, 'sha': '0' * 40, 'xetEnabled': False})
 
     def _answer(self, status, data):

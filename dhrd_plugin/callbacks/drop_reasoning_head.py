@@ -1,6 +1,8 @@
 """Export the slim classifier at the end of the fit, and at intervals on request."""
 
+import copy
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,6 +195,8 @@ class DropReasoningHead(Callback):
             self._label = next(iter(metrics))
         _check_name('dataloader_label', self._label, metrics, 'evaluation set')
         _check_name('monitor', self.monitor, metrics[self._label], f'metric of {self._label}')
+        if not _may_be_number(metrics[self._label][self.monitor]):
+            raise UserError(self._no_number())
         if self._mode is None:
             higher = metrics[self._label][self.monitor].higher_is_better
             if higher is None:
@@ -208,7 +212,7 @@ class DropReasoningHead(Callback):
         self.check_evaluations(state.eval_metrics)
         if self._mlflow and mlflow_logger(logger) is None:
             raise UserError('drop_reasoning_head.mlflow: found without a logger of MLflow; expected loggers.mlflow')
-        out, apart = self._named(self.output_dir, state), _written_by_others(state, logger)
+        out, apart = self._named(self.output_dir, state), self._written_by_others(state, logger)
         on_rank_zero(lambda: check_place(out, 'drop_reasoning_head.output_dir', apart))
         for target in self._targets:
             if isinstance(target, RemoteTarget):
@@ -283,7 +287,9 @@ class DropReasoningHead(Callback):
         if not self.monitor or self._label is None or not self._is_of_now(self._label, state):
             return
         metrics, held_out = self._metrics_of_now(state), self._held_out_of_now(state)
-        value = metrics[self._label][self.monitor]
+        value = metrics[self._label].get(self.monitor)
+        if value is None:  # as only now could be seen
+            raise UserError(self._no_number())
         if not is_better(value, self._best['value'] if self._best else None, str(self._mode)):
             return
         best = {
@@ -300,6 +306,12 @@ class DropReasoningHead(Callback):
             on_rank_zero(lambda: keep(path, weights, best=best, metrics=metrics, held_out=held_out))
         self._best = best
 
+    def _no_number(self) -> str:
+        return (
+            f'drop_reasoning_head.monitor: found {self.monitor!r}, whose value is not one number; expected a metric of '
+            f'{self._label} that is, such as an accuracy'
+        )
+
     def _find_best(self, state: State) -> dict[str, Any] | None:
         """What a run that is resumed has kept; what an earlier run left is removed."""
         path = self._best_path(state)
@@ -315,6 +327,17 @@ class DropReasoningHead(Callback):
     def _best_path(self, state: State) -> Path:
         # A name that tells the time is that of the start.
         return best_path(format_name_with_dist_and_time(self.output_dir, state.run_name, Timestamp()))
+
+    def _written_by_others(self, state: State, logger: Logger) -> dict[str, str]:
+        """What the trainer's other parts write here, by name; other exporters by their number."""
+        exporters = [part for part in state.callbacks if isinstance(part, DropReasoningHead)]
+        found = _written_by_trainer(state, logger)
+        for number, other in enumerate(exporters, 1):
+            if other is not self:
+                found[f'output_dir of DropReasoningHead {number}'] = self._named(other.output_dir, state)
+            if other is not self and other.monitor:
+                found[f'the best weights of DropReasoningHead {number}'] = str(other._best_path(state))
+        return found
 
     def _metrics_of_now(self, state: State) -> dict[str, dict[str, float]]:
         return {label: found for label, found in compute_metrics(state).items() if self._is_of_now(label, state)}
@@ -394,7 +417,7 @@ def _one_of(names: Iterable[str], what: str) -> str:
     return f'expected the name of {"an" if what[0] in "aeiou" else "a"} {what}: {", ".join(names) or "there is none"}'
 
 
-def _written_by_others(state: State, logger: Logger) -> dict[str, str]:
+def _written_by_trainer(state: State, logger: Logger) -> dict[str, str]:
     """What the trainer's savers and loggers write here, by name."""
     found = {}
     for part in [*state.callbacks, *logger.destinations]:
@@ -407,14 +430,36 @@ def _written_by_others(state: State, logger: Logger) -> dict[str, str]:
     return {key: format_name_with_dist(name, state.run_name) for key, name in found.items()}
 
 
+def _number(metric: Metric) -> float | None:
+    """A metric's value; ``None`` of one that is several numbers, as a confusion matrix is, or a value of each class."""
+    value = metric.compute()
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor's
+        return None
+
+
+def _may_be_number(metric: Metric) -> bool:
+    """Whether a metric's value is one number, by what it gives of no rows; where it gives nothing, it may be."""
+    alone = copy.deepcopy(metric)
+    alone.distributed_available_fn = lambda: False  # this rank may be the only one that asks
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that it has seen no rows
+        try:
+            return _number(alone) is not None
+        except Exception:
+            return True
+
+
 def compute_metrics(state: State) -> dict[str, dict[str, float]]:
     """Compute the evaluators' metrics as they stand. Every rank has to call it.
 
     Returns:
-        Values by evaluator's label and metric's name; empty before the first evaluation.
+        Values by evaluator's label and metric's name, of those metrics that are one number; empty before the first
+        evaluation.
     """
     return {
-        label: {name: float(metric.compute()) for name, metric in metrics.items()}
+        label: {name: value for name, metric in metrics.items() if (value := _number(metric)) is not None}
         for label, metrics in state.eval_metrics.items()
         if all(metric.update_called for metric in metrics.values())
     }

@@ -1,6 +1,8 @@
 """The slim classifier for ONNX Runtime."""
 
 import importlib.util
+import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -76,19 +78,28 @@ def write_onnx(model: PreTrainedModel, path: str | Path) -> None:
 
     Args:
         model: a slim classifier, in fp32, with eager attention.
-        path: the file to write; weights of more than 2 GB lie beside it.
+        path: the file to write; weights of more than 2 GB lie beside it, in ``PATH.data``.
+
+    Raises:
+        UserError: a model as which the file would not answer for texts that are longer than those it is made with.
     """
-    config = getattr(model.config, 'backbone', model.config)
+    config = getattr(model.config, 'backbone', model.config).get_text_config()
     if getattr(config, 'sliding_window', None) and getattr(config, 'use_sliding_window', True):
         raise UserError(f'{type(config).__name__}: found a sliding window; expected plain causal attention')
+    for module in model.modules():
+        kinds = getattr(module, 'rope_type', None)  # in transformers 5 of some models a kind for each type of layer
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if isinstance(kind, str) and ('dynamic' in kind or kind == 'longrope'):
+                raise UserError(f'{type(config).__name__}: found rope_type {kind}; expected one for all lengths alike')
     ids = torch.arange(6).view(2, 3)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    with warnings.catch_warnings(), torch.no_grad():
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')  # the tracer's, about shapes that are not traced as constants
         torch.onnx.export(
             _Logits(model.eval()),
             (ids, mask),
-            str(path),
+            str(Path(scratch) / path.name),
             input_names=['input_ids', 'attention_mask'],
             output_names=['logits'],
             dynamic_axes={
@@ -99,6 +110,17 @@ def write_onnx(model: PreTrainedModel, path: str | Path) -> None:
             opset_version=OPSET,
             dynamo=False,  # the tracer's mask is written out above
         )
+        _move(Path(scratch) / path.name, path)
+
+
+def _move(made: Path, path: Path) -> None:
+    """Move an ONNX file; weights beside it, each in a file with a name of its own, become one file, ``PATH.data``."""
+    if len([*made.parent.iterdir()]) == 1:
+        os.replace(made, path)
+        return
+    import onnx  # of the extra of that name
+
+    onnx.save_model(onnx.load(made), path, save_as_external_data=True, location=f'{path.name}.data')
 
 
 def check_answers(model: PreTrainedModel, path: str | Path) -> None:

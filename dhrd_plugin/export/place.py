@@ -1,7 +1,7 @@
 """Where an export may stand: in a new or empty folder, or in the place of an earlier one, with nothing beside it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,16 +42,34 @@ def check_place(out: str | Path, key: str = '', apart: Mapping[str, str | Path |
 
 def foreign(folder: Path) -> str | None:
     """The name of something in a folder that is no part of an export; ``None`` where all of it is one export."""
-    own = _PLAIN | _tokenizer_files(folder)
-    code = Path(models.__file__).parent  # modules of it travel with an export
+    belongs = _belongs(folder)
     for path in sorted(folder.iterdir()):
-        travels = path.suffix == '.py' and (code / path.name).is_file()
-        if not (path.name in own or travels or _WEIGHTS.fullmatch(path.name)):
+        if not belongs(path.name):
             return path.name
         inside = {file.suffix for file in path.iterdir()} if path.is_dir() else set()
         if path.is_dir() != (path.name == _TEMPLATES) or inside - {'.jinja'}:
             return path.name
     return None if _is_ours(folder) else 'a model of other making'
+
+
+def left_over(names: Iterable[str], folder: Path) -> list[str]:
+    """Of what lies where an export is put, the files of an earlier one that this one has not: loaders would take them.
+
+    Args:
+        names: of all files there.
+        folder: of the export.
+    """
+    belongs = _belongs(folder)
+    return [name for name in names if belongs(name) and not (folder / name).exists()]
+
+
+def _belongs(folder: Path) -> Callable[[str], bool]:
+    """Whether an export with the tokenizer of this one may have a file of that name."""
+    own = _PLAIN | _tokenizer_files(folder)
+    code = Path(models.__file__).parent  # modules of it travel with an export
+    return lambda name: bool(
+        name in own or _WEIGHTS.fullmatch(name) or (name.endswith('.py') and (code / name).is_file())
+    )
 
 
 def _is_ours(folder: Path) -> bool:

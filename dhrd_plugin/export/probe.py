@@ -12,6 +12,7 @@ from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.models.build import load_slim
 from dhrd_plugin.models.probe import evaluating
 from dhrd_plugin.models.versions import DTYPE
+from dhrd_plugin.problem_type import is_multi_label
 
 Inputs = Mapping[str, Tensor]  # input_ids and attention_mask, [B, S]
 
@@ -101,7 +102,13 @@ def _ids(tokenizer: Any) -> list[list[int]]:
 
 
 def find_difference(
-    folder: Path, weights: Sequence[str], model: nn.Module, inputs: Inputs, expected: Tensor, tokenizer: Any = None
+    folder: Path,
+    weights: Sequence[str],
+    model: nn.Module,
+    inputs: Inputs,
+    expected: Tensor,
+    tokenizer: Any = None,
+    multi_label: bool = False,
 ) -> str | None:
     """How a written folder, loaded as anybody would, differs from the model; None if it does not.
 
@@ -112,6 +119,7 @@ def find_difference(
         inputs: of :func:`probe_rows`.
         expected: [B, K] logits of the model.
         tokenizer: that it was trained with. Default: there is none in the folder.
+        multi_label: whether the model gives a row any number of classes. Default: one.
     """
     try:
         with torch.random.fork_rng(devices=[]), user_errors('it cannot be loaded'):
@@ -119,6 +127,8 @@ def find_difference(
             unread = sorted(set(weights) - set(found.state_dict()))
             if unread:
                 return f'{type(found).__name__} has no place for {unread[0]}'
+            if is_multi_label(found.config) != multi_label:
+                return f'its config has problem_type {getattr(found.config, "problem_type", None)}'
             if tokenizer is not None:
                 loaded = AutoTokenizer.from_pretrained(folder, config=found.config, trust_remote_code=False)
                 if _ids(loaded) != _ids(tokenizer):

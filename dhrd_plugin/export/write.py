@@ -34,7 +34,7 @@ from dhrd_plugin.models import heads, slim
 from dhrd_plugin.models.build import load_slim, merged_state, rebuild, without_weights
 from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.models.versions import DTYPE, config_from, is_taken_for_another, save_tokenizer, tokenizer_class
-from dhrd_plugin.problem_type import MULTI_LABEL
+from dhrd_plugin.problem_type import MULTI_LABEL, SINGLE_LABEL, is_multi_label
 
 _NETWORK = 'model.'  # its name inside a HuggingFaceModel
 _TOKENIZER_FILE = re.compile(r'[\w.+ -]+\.(json|txt|model|jinja|py)')  # those that Composer stores
@@ -98,18 +98,18 @@ def write_slim(
     with _restored_tokenizer(metadata.get('tokenizer'), pad, longest) as tokenizer, staged(out) as folder:
         pad_last = ends_in_pad(tokenizer, pad)
         lm: Any = getattr(model, 'causal_lm', model)
-        inputs = probe_rows(tokenizer, len(lm.get_input_embeddings().weight), _pad_token_id(metadata), pad_last)
+        inputs = probe_rows(tokenizer, len(lm.get_input_embeddings().weight), pad, pad_last)
         asked, expected = _ask(live, model, inputs)
         temperature = calibration['temperature'] if calibration else 1.0
         chosen = {'best': best, 'calibration': calibration}
-        flaw = None
+        flaw, several = None, _is_multi_label(metadata, model)
         stock = not pad_last and not is_taken_for_another(tokenizer, lm.config)
         for config, weights in _forms(model, metadata, stock):
             _empty(folder)
-            _add_facts(config, chosen)
+            _tell_facts(config, chosen)
             weights = _divide_last_layer(weights, len(expected[0]), temperature)
             _write_model(config, _cast(config, weights, dtype), tokenizer, folder)
-            flaw = find_difference(folder, list(weights), asked, inputs, expected / temperature, tokenizer)
+            flaw = find_difference(folder, list(weights), asked, inputs, expected / temperature, tokenizer, several)
             if flaw is None:
                 break
         else:
@@ -181,6 +181,10 @@ def _pad_token_id(metadata: Mapping[str, Any]) -> int | None:
     return metadata.get('dhrd', metadata['model']['config']['content']).get('pad_token_id')
 
 
+def _is_multi_label(metadata: Mapping[str, Any], model: nn.Module) -> bool:
+    return bool(metadata['dhrd'].get('multi_label')) if 'dhrd' in metadata else is_multi_label(model.config)
+
+
 def _forms(
     model: nn.Module, metadata: Mapping[str, Any], stock: bool
 ) -> Iterator[tuple[PretrainedConfig, dict[str, Tensor]]]:
@@ -223,7 +227,8 @@ def _common(settings: Mapping[str, Any]) -> dict[str, Any]:
         'id2label': dict(enumerate(labels)),
         'label2id': {name: index for index, name in enumerate(labels)},
         'pad_token_id': settings['pad_token_id'],
-        **({'problem_type': MULTI_LABEL} if settings.get('multi_label') else {}),
+        # Always, as the backbone may be of an earlier classifier, whose config tells its own.
+        'problem_type': MULTI_LABEL if settings.get('multi_label') else SINGLE_LABEL,
         'dhrd': {key: settings.get(key) for key in ('task', 'markers', 'max_seq_len')},
     }
 
@@ -250,11 +255,12 @@ def _merged_stock_state(model: nn.Module) -> dict[str, Tensor]:
     return model.merge_and_unload().state_dict()  # pyright: ignore
 
 
-def _add_facts(config: Any, facts: Mapping[str, Any]) -> None:
-    """Add to the config's ``dhrd`` what is known."""
+def _tell_facts(config: Any, facts: Mapping[str, Any]) -> None:
+    """Set in the config's ``dhrd`` what is known, in the place of what was of the weights that these began as."""
     known = {key: dict(value) for key, value in facts.items() if value}
-    if known:
-        config.dhrd = {**(getattr(config, 'dhrd', None) or {}), **known}
+    before = getattr(config, 'dhrd', None) or {}
+    if known or before:
+        config.dhrd = {**{key: value for key, value in before.items() if key not in facts}, **known}
 
 
 def _divide_last_layer(weights: Mapping[str, Tensor], num_labels: int, temperature: float) -> dict[str, Tensor]:

@@ -12,11 +12,13 @@ from configs import TASK
 from forks import run_ranks
 from parallel_runs import config_of, write_inputs
 from safetensors.torch import load_file
+from stock import collator, fit, stock_classifier, tokenised
 from test_drop_reasoning_head import build
 from tiny import LABELS, tiny_classifier, tiny_tokenizer, triplets
+from torchmetrics.classification import MulticlassAUROC, MulticlassConfusionMatrix, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification
 
-from dhrd_plugin import DropReasoningHead, TripletCollator, train
+from dhrd_plugin import AuxiliaryReasoningLoss, DropReasoningHead, TripletCollator, load_classifier, train
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.evaluate import describe, report_on
@@ -132,6 +134,28 @@ def test_what_there_is_not_is_refused_before_the_first_step(tmp_path, options, m
     assert [*tmp_path.iterdir()] == []
 
 
+# A value of each class, and of each pair of them.
+SEVERAL = {
+    'f1': lambda: MulticlassF1Score(num_classes=3, average=None),
+    'confusion': lambda: MulticlassConfusionMatrix(num_classes=3),
+}
+
+
+@pytest.mark.parametrize('name', SEVERAL)
+def test_a_metric_of_several_numbers_costs_no_export_and_is_no_monitor(tmp_path, name):
+    model, metric = classifier(), SEVERAL[name]()
+    model.val_metrics[type(metric).__name__] = metric
+    build(model, DropReasoningHead(str(tmp_path / 'slim'))).fit()
+    card = card_of(tmp_path / 'slim')
+    assert f'| eval | {ACCURACY} | ' in card and type(metric).__name__ not in card
+    chooser = DropReasoningHead(str(tmp_path / 'slim'), monitor='it')
+    with pytest.raises(
+        UserError, match="monitor: found 'it', whose value is not one number; expected a metric of eval"
+    ):
+        chooser.check_evaluations({'eval': {'it': SEVERAL[name]()}})
+    chooser.check_evaluations({'eval': {'it': MulticlassAUROC(num_classes=3)}})  # which gives nothing of no rows
+
+
 def test_the_first_of_equal_ones_is_best_and_nan_never():
     assert is_better(0.5, None, 'max') and is_better(0.4, 0.5, 'min') and not is_better(0.5, 0.5, 'max')
     assert not is_better(float('nan'), None, 'max')
@@ -171,6 +195,14 @@ def test_a_calibrated_export_gives_the_same_labels_by_logits_divided_by_its_temp
         assert report['calibration']['ece'] == pytest.approx(facts['ece_after'], abs=1e-4)
         assert report['calibration']['before']['ece'] == pytest.approx(facts['ece_before'], abs=1e-4)
     assert re.search(r'without the temperature \d', describe(report))
+
+
+def test_what_is_known_of_an_earlier_exports_weights_is_not_told_of_those_trained_from_it(tmp_path):
+    earlier = {'calibration': {'temperature': 3.0, 'rows': 5}, 'best': {'metric': ACCURACY, 'value': 0.9, 'batch': 77}}
+    model = stock_classifier(dhrd={'task': None, 'max_seq_len': 9, **earlier})
+    fit(model, [AuxiliaryReasoningLoss()], tokenised(), collator(), callbacks=[DropReasoningHead(f'{tmp_path}/slim')])
+    assert facts_of(tmp_path / 'slim') == {'task': None, 'max_seq_len': 9}
+    assert load_classifier(tmp_path / 'slim').temperature is None
 
 
 def test_without_an_evaluation_of_the_last_batch_the_export_is_whole_but_the_run_says_so(tmp_path):

@@ -133,6 +133,24 @@ def test_in_any_pipeline_a_target_is_looked_at_before_training(tmp_path, target,
     ]
 
 
+@pytest.mark.parametrize(
+    ('targets', 'message'),
+    [
+        (['out/a', 'out'], 'out: holds output_dir of DropReasoningHead 1'),
+        (['out', 'out/a'], 'out: holds output_dir of DropReasoningHead 2'),
+        (['out', 'out'], 'out: is output_dir of DropReasoningHead 2'),
+        (['out', 'out.best.pt'], 'out.best.pt: is the best weights of DropReasoningHead 1'),
+    ],
+)
+def test_exporters_that_would_replace_each_others_files_are_refused_before_training(tmp_path, targets, message):
+    trained = Trained()
+    exporters = [DropReasoningHead(str(tmp_path / name), every='1ba') for name in targets]
+    exporters[0].monitor = 'MulticlassAccuracy'
+    with pytest.raises(UserError, match=f'drop_reasoning_head.output_dir: {tmp_path}/{message}'):
+        build(tiny_classifier(), *exporters, trained).fit()
+    assert not trained.yes and [*tmp_path.iterdir()] == []
+
+
 def test_a_target_that_names_the_time_is_looked_at_when_it_is_written(tmp_path):
     (tmp_path / 'ba2').mkdir()
     (tmp_path / 'ba2' / 'notes.txt').write_text('mine')
@@ -228,6 +246,40 @@ def test_the_export_is_uploaded(tmp_path, s3, uploads):
     assert files_of(s3.folder / 'exports' / 'first' / 'ba2') == files_of(tmp_path / 'slim')
 
 
+def export_twice(tmp_path, **where):
+    """To the same place, the second time something else and without an ONNX file."""
+    pytest.importorskip('onnx')
+    for seed in range(2):
+        callback = DropReasoningHead(str(tmp_path / 'slim'), onnx=not seed, **where)
+        trainer = build(tiny_classifier(seed=seed), callback)
+        trainer.fit()
+        trainer.close()
+
+
+def test_the_object_store_holds_the_last_export_and_what_is_not_of_one(tmp_path, s3, uploads):
+    s3.put('twice/slim/notes.txt', b'mine')
+    s3.put('twice/slim/model-00001-of-00002.safetensors', b'of a larger one')
+    s3.put('twice/slimmer/model.onnx', b'of another')
+    export_twice(tmp_path, remote=f'{s3.bucket}/twice/slim')
+    assert files_of(s3.folder / 'twice' / 'slim') == {**files_of(tmp_path / 'slim'), 'notes.txt': b'mine'}
+    assert (s3.folder / 'twice' / 'slimmer' / 'model.onnx').is_file()
+
+
+def test_what_cannot_be_removed_from_the_object_store_is_told(tmp_path, s3, uploads, monkeypatch, caplog):
+    """With a key that may write, and neither list nor delete."""
+
+    def denied(self, prefix):
+        raise PermissionError('AccessDenied')
+
+    monkeypatch.setattr('composer.utils.S3ObjectStore.list_objects', denied)
+    callback = DropReasoningHead(str(tmp_path / 'slim'), remote=f'{s3.bucket}/denied')
+    trainer = build(tiny_classifier(), callback)
+    trainer.fit()
+    trainer.close()
+    assert files_of(s3.folder / 'denied') == files_of(tmp_path / 'slim')
+    assert 'bucket/denied: what an earlier export left there: stays beside the export: PermissionError' in caplog.text
+
+
 @pytest.mark.parametrize('remote', ['s3://absent/slim', 'slim'])
 def test_a_remote_that_refuses_is_told_before_training(tmp_path, s3, remote):
     with pytest.raises(UserError, match=f'drop_reasoning_head.remote: .*{remote}'):
@@ -250,6 +302,13 @@ def test_the_export_is_pushed_to_the_hub(tmp_path, hub):
     assert hub.repos == {'org/rte': files_of(tmp_path / 'slim')}
     assert hub.private == {'org/rte': True} and 'batch 2' in hub.messages[0]
     assert not any(b'hf_good' in content for content in files_of(tmp_path / 'slim').values())
+
+
+def test_the_hub_holds_the_last_export_and_what_is_not_of_one(tmp_path, hub):
+    hub.repos['org/rte'] = {'LICENSE': b'mine', '.gitattributes': b'*'}
+    export_twice(tmp_path, push_to_hub='org/rte')
+    assert hub.repos['org/rte'] == {**files_of(tmp_path / 'slim'), 'LICENSE': b'mine', '.gitattributes': b'*'}
+    assert len(hub.messages) == 2
 
 
 def test_a_hub_that_refuses_is_told_before_training(tmp_path, hub, monkeypatch):

@@ -13,6 +13,7 @@ from composer import Trainer
 from configs import TASK
 from damages import CODE
 from forks import Popen
+from huggingface_hub.utils import filter_repo_objects
 from tiny import LABELS, tiny_classifier, tiny_tokenizer, triplet
 from torch.distributed import checkpoint as dcp
 
@@ -126,6 +127,35 @@ def test_code_in_a_folder_is_never_run(root, tmp_path, kind):
     assert not proof.exists()
     assert process.returncode == 2 and len(errors.splitlines()) == 1, errors
     assert f'{folder}: cannot be loaded' in errors
+
+
+def test_an_onnx_file_with_weights_beside_it_is_replaced_and_loaded_from_anywhere(tmp_path, monkeypatch):
+    """Above 2 GB torch writes a file for each weight, of any name."""
+    onnx, made = pytest.importorskip('onnx'), torch.onnx.export
+    pytest.importorskip('onnxruntime')
+
+    def large(model, inputs, path, **options):
+        made(model, inputs, path, **options)
+        onnx.save_model(onnx.load(path), path, save_as_external_data=True, all_tensors_to_one_file=False)
+        assert len([*Path(path).parent.iterdir()]) > 2
+
+    def download(repo, allow_patterns):  # links to what lies elsewhere, as the hub's client keeps it
+        (tmp_path / 'hub').mkdir()
+        for name in filter_repo_objects([path.name for path in slim.iterdir()], allow_patterns=allow_patterns):
+            (tmp_path / 'hub' / name).symlink_to(slim / name)
+        return tmp_path / 'hub'
+
+    monkeypatch.setattr('torch.onnx.export', large)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', download)
+    model, slim = tiny_classifier(), tmp_path / 'slim'
+    for _ in range(2):  # the second in the place of the first
+        write_slim(model.get_metadata(), model.network.state_dict(), slim, onnx='int8')
+    assert {path.name for path in slim.glob('*onnx*')} == {'model.onnx', 'model.onnx.data', 'model-int8.onnx'}
+    texts = [{'input_text': row['input_text']} for row in ROWS]
+    expected = open_classifier(slim, 'torch').predict_proba(texts)
+    for place in (slim, 'hub:org/rte'):
+        found = open_classifier(place, 'onnx').predict_proba(texts)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize('damage', ['config.json', 'model.safetensors', 'tokenizer.json'])

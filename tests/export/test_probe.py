@@ -1,5 +1,7 @@
 """No export is published that answers otherwise than the model it was made from."""
 
+import json
+
 import pytest
 import torch
 from composer.models import HuggingFaceModel
@@ -12,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dhrd_plugin import AuxiliaryReasoningLoss, ComposerDualHeadClassifier, DropReasoningHead, TripletCollator
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.export.probe import ask, find_difference, probe_rows
 from dhrd_plugin.export.write import write_slim
 from dhrd_plugin.models.build import load_slim
 from dhrd_plugin.models.network import DualHeadNetwork
@@ -126,6 +129,19 @@ def test_what_differs_from_the_live_model_is_not_published(tmp_path):
             callbacks=[DropReasoningHead(str(out))],
         )
     assert [*tmp_path.rglob('*')] == [out]
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_a_folder_that_makes_other_probabilities_of_the_logits_differs(tmp_path, several):
+    model = tiny_classifier(multi_label=several)
+    out = write_slim(model.get_metadata(), model.network.state_dict(), tmp_path / 'slim')
+    inputs = probe_rows(None, 68, 0, True)
+    known = {'inputs': inputs, 'expected': ask(model.network, inputs), 'multi_label': several}
+    assert find_difference(out, [], model.network, **known) is None
+    config = json.loads((out / 'config.json').read_text())
+    other = 'single_label_classification' if several else 'multi_label_classification'
+    (out / 'config.json').write_text(json.dumps({**config, 'problem_type': other}))
+    assert find_difference(out, [], model.network, **known) == f'its config has problem_type {other}'
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])

@@ -11,17 +11,18 @@ from elsewhere import load_elsewhere
 from safetensors import safe_open
 from tiny import LABELS, exact, of_several, tiny_classifier, tiny_lm, tiny_network, tiny_tokenizer, triplet, triplets
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, BloomConfig, MptConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MptConfig, PreTrainedModel
 
 from dhrd_plugin import AuxiliaryReasoningLoss, ComposerDualHeadClassifier, DropReasoningHead, TripletCollator
 from dhrd_plugin.data.collator import Markers
 from dhrd_plugin.data.data_spec import triplet_data_spec
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.export.write import write_slim
-from dhrd_plugin.models.build import add_lora, load_slim, merged_state
+from dhrd_plugin.models.build import add_lora, build_causal_lm, load_slim, merged_state
 from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.models.slim import SlimClassifier, SlimClassifierConfig
 from dhrd_plugin.models.versions import DTYPE
+from dhrd_plugin.problem_type import is_multi_label
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -189,6 +190,25 @@ def test_what_is_from_before_the_norm_answers_as_it_did(tmp_path):
     assert torch.equal(logits, model.eval_forward(batch))
 
 
+@pytest.mark.parametrize('head', ['linear', 'mlp'])
+@pytest.mark.parametrize('several', [False, True], ids=['one label', 'several'])
+def test_an_export_tells_nothing_of_the_export_that_it_was_trained_from(tmp_path, several, head):
+    """A stock classifier of the other kind, calibrated, as the backbone."""
+    first = tiny_classifier(tiny_tokenizer(apart=True), multi_label=not several, head='linear', tied=True)
+    calibration = {'temperature': 2.0, 'rows': 5, 'ece_before': 0.1, 'ece_after': 0.0}
+    best = {'metric': 'MulticlassAccuracy', 'dataloader_label': 'eval', 'value': 0.9, 'batch': 7, 'epoch': 1}
+    state = first.network.state_dict()
+    write_slim(first.get_metadata(), state, tmp_path / 'first', best=best, calibration=calibration)
+    assert is_multi_label(load_slim(tmp_path / 'first').config) is not several
+
+    network = DualHeadNetwork(build_causal_lm(str(tmp_path / 'first')), 2, head=head)
+    model = ComposerDualHeadClassifier(network, first.tokenizer, ['no', 'yes'], multi_label=several)
+    write_slim(model.get_metadata(), network.state_dict(), tmp_path / 'slim')
+    config = load_slim(tmp_path / 'slim').config
+    assert is_multi_label(config) is several and config.num_labels == 2
+    assert config.dhrd == {'task': None, 'markers': None, 'max_seq_len': None}
+
+
 def test_it_ends_its_construction_as_transformers_5_asks(monkeypatch):
     built = []
     monkeypatch.setattr(PreTrainedModel, 'post_init', lambda self: built.append(type(self).__name__))
@@ -197,7 +217,20 @@ def test_it_ends_its_construction_as_transformers_5_asks(monkeypatch):
 
 
 # Whose ONNX file cannot be made, or would answer otherwise.
-NO_ONNX = {'bloom': lambda: BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=68)}
+def llama_with(**rope):
+    """Whose frequencies change with the length, beyond that of every row that an ONNX file is held against."""
+    shape = {'vocab_size': 68, 'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2}
+    rope |= {'factor': 4.0}
+    return LlamaConfig(**shape, num_attention_heads=2, max_position_embeddings=16, rope_scaling=rope)
+
+
+NO_ONNX = {
+    'bloom': lambda: BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=68),
+    'dynamic': lambda: llama_with(rope_type='dynamic'),
+    'longrope': lambda: llama_with(
+        rope_type='longrope', original_max_position_embeddings=16, short_factor=[1.0] * 4, long_factor=[4.0] * 4
+    ),
+}
 if transformers.__version__ < '5':
     NO_ONNX['mpt'] = lambda: MptConfig(d_model=16, n_heads=2, n_layers=2, max_seq_len=64, vocab_size=68)
 
