@@ -30,10 +30,18 @@ from dhrd_plugin.data.leaks import restated
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.triplet import Triplet, classes_of, words_of
 from dhrd_plugin.data.triplets import read_triplets
-from dhrd_plugin.errors import UserError, one_line, tell
+from dhrd_plugin.errors import UserError, tell
 from dhrd_plugin.teacher.endpoint import Endpoint, Unanswered, find_key
 from dhrd_plugin.teacher.log import RowLog, fingerprint, is_open, known, read_log, rejected
-from dhrd_plugin.teacher.prompt import build_prompt, check_answer, kinds, read_label, read_prompt, split_answer
+from dhrd_plugin.teacher.prompt import (
+    build_prompt,
+    check_answer,
+    kinds,
+    no_label,
+    read_label,
+    read_prompt,
+    split_answer,
+)
 
 
 @dataclass
@@ -156,7 +164,7 @@ class Run:
             reason = check_answer(reply.text, reply.finish_reason, ())
             answer = split_answer(reply.text)[1]
             if reason is None and read_label(answer, self.answers) is None:
-                reason = f'answers with no label: {one_line(answer, 80)!r}'
+                reason = no_label(answer)
         else:
             reason = check_answer(reply.text, reply.finish_reason, words_of(triplet), sum(others, ()))
         return reply.text, reason, reason is not None

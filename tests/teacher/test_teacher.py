@@ -90,6 +90,13 @@ def test_a_blind_prompt_shows_all_answers_and_never_the_rows_own(tmp_path):
         ('**yes.**', 'entailment'),
         ('not_entailment', 'not_entailment'),
         ('NO\n', 'not_entailment'),
+        ('**Answer:** Yes', 'entailment'),
+        ('The answer is not_entailment.', 'not_entailment'),
+        ('**No**, it is not entailed', 'not_entailment'),
+        ('Not entailment\n\nThe label is not stated above.', 'not_entailment'),
+        (f'Yes\n{SENTINEL}', 'entailment'),
+        ('No evidence is given', None),
+        ('I disagree; it is wrong.', None),
         ('Maybe', None),
         ('Yes or No', None),
         ('', None),
@@ -98,6 +105,23 @@ def test_a_blind_prompt_shows_all_answers_and_never_the_rows_own(tmp_path):
 )
 def test_read_label(answer, label):
     assert read_label(answer, RTE.answers) == label
+
+
+@pytest.mark.parametrize(
+    ('answer', 'label'),
+    [
+        ('1. The sun rose.', '1'),
+        ('(1)', '1'),
+        ('Option 1, which says more.', '1'),
+        ('1.5', '1.5'),
+        ('-1', '-1'),
+        ('The sun rose.', 'sun'),
+        ('10', None),
+    ],
+)
+def test_the_label_is_the_longest_name_that_the_answer_begins_with(answer, label):
+    answers = {'1': 'first', '1.5': 'half', '-1': 'minus', 'sun': 'The sun rose.', 'e': 'The sun'}
+    assert read_label(answer, answers) == label
 
 
 @pytest.mark.parametrize(
@@ -183,6 +207,16 @@ def test_restated_is_quick_on_odd_text(text):
         (f'An entailment. {SENTINEL} Yes', 'stop', "states the label: 'entailment'"),
         (f'It is dry. {SENTINEL} **No.**', 'stop', "answers with another label: '**No.**'"),
         (f'It is dry. {SENTINEL} not_entailment', 'stop', "answers with another label: 'not_entailment'"),
+        (f'It is dry. {SENTINEL} Answer: No', 'stop', "answers with another label: 'Answer: No'"),
+        (f'Dry. {SENTINEL} No, it is not entailed', 'stop', "answers with another label: 'No, it is not entailed'"),
+        (f'Dry. {SENTINEL} That is wrong.', 'stop', "answers with no label: 'That is wrong.'"),
+        (f'Dry. {SENTINEL} Answer: **Yes**, as it rains.', 'stop', None),
+        (
+            f'First I write, then {SENTINEL}. It rains. {SENTINEL} Yes',
+            'stop',
+            f"answers with no label: '. It rains. {SENTINEL} Yes'",
+        ),
+        (f'<think>The answer is yes, then {SENTINEL}.</think>It rains. {SENTINEL} Yes', 'stop', None),
     ],
 )
 def test_check_answer(text, finish, reason):
@@ -192,6 +226,8 @@ def test_check_answer(text, finish, reason):
 def test_split_answer():
     assert split_answer(f' a\n\nb \n{SENTINEL}\n c {SENTINEL}') == ('a\n\nb', f'c {SENTINEL}')
     assert split_answer('a') == ('a', None)
+    assert split_answer(f'<think>Then {SENTINEL}.</think>\na {SENTINEL} b') == ('a', 'b')
+    assert split_answer(f'Hm.\n</think>\na {SENTINEL} b') == ('a', 'b')  # where the prompt itself opens it
 
 
 def test_parse_reply():
