@@ -253,8 +253,9 @@ def generate(args: argparse.Namespace) -> int:
                 raise UserError(f'{args.input}, row {row["id"]}, field {task.label}: is missing; --blind needs none')
             yield row
 
-    def aside(rejects: Mapping[str, dict[str, Any]]) -> set[str]:
-        return set() if args.retry_rejects else {idx for idx, row in rejects.items() if not row['unanswered']}
+    def aside(rejects: Mapping[str, dict[str, Any]]) -> dict[str, str | None]:
+        kept = {} if args.retry_rejects else rejects
+        return {idx: row.get('input') for idx, row in kept.items() if not row['unanswered']}
 
     if args.dry_run:
         done, skip = read_log(args.output, known)[0], aside(read_log(rejects_path, rejected)[0])

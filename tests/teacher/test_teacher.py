@@ -743,6 +743,17 @@ def test_other_data_in_the_same_output_is_refused(tmp_path, serve, data):
     assert len(server.log()) == 3
 
 
+def test_a_row_set_aside_is_asked_again_once_its_text_is_mended(tmp_path, serve, data):
+    server, path = serve({'A row.': ['no-sentinel']}), data(2)
+    flags = ['--attempts', 1]
+    for _ in range(2):
+        assert 'set aside 2' in generate(path, server, *flags).stdout and len(server.log()) == 2
+    path.write_text(path.read_text().replace('A row.', 'A line.', 1))
+    done = generate(path, server, *flags)
+    assert len(server.log()) == 3 and [row['idx'] for row in rows_of(tmp_path / 'out.jsonl')] == ['0']
+    assert 'set aside 1' in done.stdout and [row['idx'] for row in rows_of(tmp_path / 'out.rejects.jsonl')] == ['1']
+
+
 def test_a_bad_row_is_found_before_anything_is_sent(tmp_path, serve, data):
     server, path = serve(), data(5)
     with path.open('a') as file:
