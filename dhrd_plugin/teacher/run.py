@@ -103,24 +103,39 @@ class Run:
         self.signal = signum
 
     async def ask_row(self, triplet: Triplet) -> None:
-        """Ask for one row, as often as it has votes, and write the outcome."""
-        used: Counter[str] = Counter()
-        text, reason, usable = None, None, list[str]()
-        for vote in range(max(1, self.votes)):
-            text, reason, stopped = await self.ask_until_usable(triplet, used)
-            if stopped or (self.signal and vote + 1 < self.votes):
-                return  # the next start asks
-            if text is None:
-                break
-            usable += [text] if reason is None else []
-        made = {'model': self.endpoint.model, 'attempts': used['attempts'], 'prompt_tokens': used['in']}
-        made |= {'completion_tokens': used['out'], 'input': fingerprint(triplet, self.votes)}
-        if usable and text is not None:
-            self.output.append({'idx': triplet['id'], **self.outcome(triplet, usable), **made})
-        else:
-            reject = {'idx': triplet['id'], 'reason': reason, 'unanswered': text is None, 'answer': text}
-            self.rejects.append({**reject, **made})
-        self.silent = self.silent + 1 if text is None else 0
+        """Ask for one row, as often as it has votes, and write the outcome; whatever ends it, no vote is lost."""
+        begun = self.begun(triplet)
+        votes: list[str | None] = list(begun.get('votes_so_far', ()))  # None: an answer that counts for no label
+        used = Counter({key: begun.get(key, 0) for key in ('attempts', 'prompt_tokens', 'completion_tokens')})
+        wanted, text, reason, missing = max(1, self.votes), None, None, 'stopped'
+        try:
+            while len(votes) < wanted and not self.signal:
+                text, reason, stopped = await self.ask_until_usable(triplet, used)
+                if stopped:
+                    break
+                if text is None:
+                    missing, self.silent = reason, self.silent + 1
+                    break
+                votes.append(text if reason is None else None)
+                self.silent = 0
+        finally:
+            made = {'model': self.endpoint.model, **used, 'input': fingerprint(triplet, self.votes)}
+            usable = [vote for vote in votes if vote is not None]
+            if len(votes) < wanted:
+                if votes or missing != 'stopped':  # else there is nothing to keep
+                    reject = {'idx': triplet['id'], 'reason': missing, 'unanswered': True, 'answer': None}
+                    self.rejects.append({**reject, **made, **({'votes_so_far': votes} if votes else {})})
+            elif usable:
+                self.output.append({'idx': triplet['id'], **self.outcome(triplet, usable), **made})
+            else:
+                reject = {'idx': triplet['id'], 'reason': reason, 'unanswered': False, 'answer': text}
+                self.rejects.append({**reject, **made})
+
+    def begun(self, triplet: Triplet) -> Mapping[str, Any]:
+        """What an earlier start kept of a row's votes by this model; empty without any."""
+        row = self.rejects.rows.get(triplet['id'], {})
+        same = row.get('model') == self.endpoint.model and row.get('input') == fingerprint(triplet, self.votes)
+        return row if same and row.get('votes_so_far') else {}
 
     def outcome(self, triplet: Triplet, texts: Sequence[str]) -> dict[str, Any]:
         """The rationale; of blind votes, the shares of the labels, and the rationales that end in the row's own."""
@@ -157,9 +172,9 @@ class Run:
             reply = await self.endpoint.ask(build_prompt(triplet, self.template))
         except Unanswered as error:
             return None, str(error), error.again
-        tokens = {'in': reply.prompt_tokens or 0, 'out': reply.completion_tokens or 0}
-        used.update(tokens)
-        self.tokens.update(tokens, uncounted=reply.completion_tokens is None)
+        tokens_in, tokens_out = reply.prompt_tokens or 0, reply.completion_tokens or 0
+        used.update(prompt_tokens=tokens_in, completion_tokens=tokens_out)
+        self.tokens.update({'in': tokens_in, 'out': tokens_out}, uncounted=reply.completion_tokens is None)
         if self.votes:
             reason = check_answer(reply.text, reply.finish_reason, ())
             answer = split_answer(reply.text)[1]
@@ -216,10 +231,13 @@ def summarise(work: Run, total: int, before: int, args: argparse.Namespace) -> i
     left = {idx: row for idx, row in rejects.rows.items() if idx not in output.rows}
     aside = [row['reason'] for row in left.values() if not row['unanswered']]
     silent = [row['reason'] for row in left.values() if row['unanswered']]
+    kept = sum(len(row.get('votes_so_far', ())) for row in left.values())
     if aside:
         print(f'{rejects.path}: set aside {len(aside):,} ({kinds(aside)}); --retry-rejects asks again')
     if silent:
         print(f'{rejects.path}: no answer to {len(silent):,} ({kinds(silent)}); the same command asks again')
+    if kept:
+        print(f'{rejects.path}: {kept:,} votes of rows that lack some; the same command asks for the others')
     print(f'tokens: {work.tokens["in"]:,} in, {work.tokens["out"]:,} out{cost(work.tokens, args)}')
     if work.tokens['uncounted']:
         print(f'{work.tokens["uncounted"]:,} answers came without a count of their tokens')

@@ -851,7 +851,32 @@ def test_blind_votes_become_probabilities(tmp_path, serve, data):
     assert found['0']['rationale'] == ['It rains.', 'It pours.'] and found['1']['rationale'] is None
 
 
-def test_a_signal_leaves_no_row_of_fewer_votes(tmp_path, serve, data):
+def test_votes_that_are_in_are_kept_and_the_next_start_goes_on_from_them(tmp_path, serve, data):
+    first = [say('Yes'), say('Yes'), say('No'), *[say('Perhaps')] * 3, '500']
+    server, path = serve({'Row 0.': first}), data(1)
+    flags = ['--votes', 5, '--blind', '--retries', 0]
+    done = generate(path, server, *flags)
+    assert done.returncode == 1 and len(server.log()) == 7
+    assert '4 votes of rows that lack some; the same command asks for the others' in done.stdout
+    server.stop()
+    server = serve({'Row': [say('Yes')]})
+    other = generate(path, server, *flags, '--model', 'another', '--output', tmp_path / 'other.jsonl')
+    rejects = tmp_path / 'out.rejects.jsonl'
+    assert other.returncode == 0 and len(server.log()) == 5
+    kept = rejects.read_bytes()
+    assert generate(path, server, *flags).returncode == 0 and len(server.log()) == 6 and not rejects.exists()
+    (row,) = rows_of(tmp_path / 'out.jsonl')
+    assert row['probabilities'] == {'entailment': 0.75, 'not_entailment': 0.25}
+    assert (row['votes'], row['attempts']) == (4, 8)
+
+    # Of another model's votes none count.
+    rejects.write_bytes(kept)
+    (tmp_path / 'out.jsonl').unlink()
+    assert generate(path, server, *flags, '--model', 'another').returncode == 0 and len(server.log()) == 11
+
+
+@pytest.mark.parametrize(('number', 'status', 'lost'), [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 8)])
+def test_a_signal_leaves_no_row_of_fewer_votes(tmp_path, serve, data, number, status, lost):
     server, path, out = serve({'Row': [say('Yes')]}, delay=0.1), data(400), tmp_path / 'out.jsonl'
     process = subprocess.Popen(
         command(path, server, '--votes', 4, '--blind'),
@@ -860,10 +885,12 @@ def test_a_signal_leaves_no_row_of_fewer_votes(tmp_path, serve, data):
         stderr=subprocess.PIPE,
     )
     wait_for(lambda: len(rows_of_torn(out)) > 4)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert 4 < len(rows_of(out)) < 400 and {row['votes'] for row in rows_of(out)} == {4}
+    begun = [row['votes_so_far'] for row in rows_of(tmp_path / 'out.rejects.jsonl')]
+    assert len(server.log()) - 4 * len(rows_of(out)) - sum(map(len, begun)) <= lost
 
 
 def test_a_dry_run_counts_the_votes(tmp_path, data):
