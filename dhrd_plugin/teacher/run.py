@@ -20,6 +20,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from dhrd_plugin.data.leaks import restated
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.triplet import Triplet, classes_of, words_of
 from dhrd_plugin.data.triplets import read_triplets
-from dhrd_plugin.errors import UserError, tell
+from dhrd_plugin.errors import UserError, tell, user_errors
 from dhrd_plugin.teacher.endpoint import Endpoint, Unanswered, find_key
 from dhrd_plugin.teacher.log import RowLog, fingerprint, is_open, known, read_log, rejected
 from dhrd_plugin.teacher.prompt import (
@@ -363,6 +364,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.base_url = args.base_url or os.environ.get('OPENAI_BASE_URL') or None
     if args.base_url and not re.match(r'https?://[^/]', args.base_url):
         raise UserError(f'--base-url {args.base_url}: expected an address that begins with http:// or https://')
+    with user_errors(f'--base-url {args.base_url}', ValueError):
+        urlsplit(args.base_url or '').port  # noqa: B018  it is refused where it is no number, and so are half brackets
     if args.votes > 1 and not args.blind:
         raise UserError(f'--votes: found {args.votes} without --blind; a teacher that is shown the label votes for it')
     args.votes = args.votes if args.blind else 0

@@ -235,6 +235,8 @@ def test_parse_reply():
     usage = {'prompt_tokens': 3, 'completion_tokens': 4}
     assert parse_reply(json.dumps({'choices': [choice], 'usage': usage})) == Reply('é\n', 'stop', 3, 4)
     assert parse_reply(json.dumps({'choices': [{'message': {'content': None}}]})) == Reply('', None, None, None)
+    odd = {'prompt_tokens': '3', 'completion_tokens': [4]}
+    assert parse_reply(json.dumps({'choices': [choice], 'usage': odd})) == Reply('é\n', 'stop', None, None)
     bad = ['', 'null', '[]', '{', '{"choices": []}', '{"choices": [{"message": null}]}', '{"choices": 3}', '<html>']
     bad += ['{"choices": [{"message": {"content": "\\ud800"}}]}', '{"choices": [{"message": {"content": 3}}]}']
     for body in bad:
@@ -264,6 +266,9 @@ def test_loopback_does_without_a_key(monkeypatch):
         (['--extra-body', '[1]'], 'JSON object'),
         (['--extra-body', '{'], "found '{'; expected a JSON object"),
         (['--base-url', 'localhost:8000'], 'http://'),
+        (['--base-url', 'http://localhost:80a0/v1'], '--base-url http://localhost:80a0/v1: Port could not be cast'),
+        (['--base-url', 'http://localhost:99999/v1'], 'Port out of range'),
+        (['--base-url', 'http://[::1/v1'], 'Invalid IPv6 URL'),
         (['--concurrency', '0'], "found '0'; expected a whole number from 1"),
         (['--top-p', 'nan'], 'expected a number from 0 to 1'),
         (['--votes', '3'], '--votes: found 3 without --blind; a teacher that is shown the label votes for it'),
@@ -716,6 +721,29 @@ def test_no_key_and_no_loopback(tmp_path, data):
     path = data(3)
     done = generate(path, 'http://10.255.255.1/v1', OPENAI_API_KEY='')
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'OPENAI_API_KEY: no key' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'found'),
+    [
+        ('ALL_PROXY', 'socks5://user:a-password@h:1', 'socksio'),
+        ('HTTPS_PROXY', 'foo://user:a-password@h:1', 'Unknown scheme for proxy'),
+        ('http_proxy', 'http://user:a-password@h:abc', 'Invalid port'),
+        ('SSL_CERT_FILE', '/absent.pem', 'No such file'),
+    ],
+)
+def test_a_connection_that_cannot_be_made_is_one_line(data, name, value, found):
+    variables = {'SSL_CERT_FILE': '', 'SSL_CERT_DIR': '', name: value}
+    done = generate(data(1), 'https://10.255.255.1/v1', **variables)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and found in done.stderr
+    assert f'--base-url https://10.255.255.1/v1, {name}: ' in done.stderr and 'a-password' not in done.stderr
+
+
+def test_an_error_that_no_file_can_hold_ends_no_run(tmp_path, serve, data):
+    server, path = serve({'Row 0.': ['surrogate-error'], 'Row 1.': ['good']}), data(2)
+    assert generate(path, server, '--concurrency', 1).returncode == 1
+    (row,) = rows_of(tmp_path / 'out.rejects.jsonl')
+    assert row['reason'] == 'HTTP 400 (bad ?)' and len(rows_of(tmp_path / 'out.jsonl')) == 1
 
 
 def test_loopback_without_a_key_and_a_key_of_another_name(serve, data):
