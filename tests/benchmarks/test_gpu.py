@@ -2,10 +2,21 @@
 
 import json
 import os
+import queue
 import re
+from argparse import Namespace
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from benchmarks import gpu
+from gpu import verdict
+
+from dhrd_plugin.comparison import cells, plan
+from dhrd_plugin.errors import UserError
+from dhrd_plugin.models import pretrained
+
+ROOT = Path(__file__).parents[2]
 
 LINES = [
     {'section': 'env', 'cores': 16, 'gpu': {'name': 'A GPU'}, 'versions': {'torch': '2.11'}},
@@ -82,3 +93,19 @@ def fork_of(statuses):
         return os.fork() or os._exit(statuses[name])
 
     return fork
+
+
+def test_a_comparison_on_a_gpu_goes_on_where_it_was_and_mixes_no_settings(tmp_path, monkeypatch):
+    path, there, todo = Path('yamls', 'compare', 'sample.yaml'), [], queue.Queue()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cells, 'read_lines', lambda _: there)
+    monkeypatch.setattr(pretrained, 'resolve', lambda _: None)
+    first, second = plan.build_cells(plan.load_comparison(path), path)[:2]
+    there += [{'task': first.task, 'arm': first.arm, 'seed': first.seed, 'fingerprint': first.fingerprint}]
+    monkeypatch.setattr(todo, 'get', mock.Mock(side_effect=queue.Empty))
+    stage = Namespace(out=tmp_path), 'sample', []
+    verdict.run_stage(*stage, 9, todo, queue.Queue(), [])
+    assert todo.queue[0][3] == second.key and first.key not in [key for *_, key in todo.queue]
+    there[0]['fingerprint'] = 'another'
+    with pytest.raises(UserError, match='was run with other settings'):
+        verdict.run_stage(*stage, 9, todo, queue.Queue(), [])
