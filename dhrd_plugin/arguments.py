@@ -98,7 +98,9 @@ def check_arguments(target: Callable[..., Any], kwargs: Mapping[str, Any], key: 
             raise UserError(f'{key}.{argument}: unknown key; {nearest(argument, sorted(named))}')
         if argument in hints:
             try:
-                typeguard.check_type(value, hints[argument])
+                # YAML has lists where a function wants a tuple.
+                tuples = isinstance(value, list) and 'tuple' in _kinds(hints[argument])
+                typeguard.check_type(tuple(value) if tuples else value, hints[argument])
             except typeguard.TypeCheckError:
                 wanted = inspect.formatannotation(hints[argument]).replace('typing.', '')
                 raise UserError(f'{key}.{argument}: found {value!r}; expected {wanted}') from None

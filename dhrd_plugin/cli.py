@@ -80,6 +80,8 @@ def run(work: Callable[[], Any]) -> int:
             tell(f'error: {one_line(error, LONGEST)}')
         if rank != 0:
             time.sleep(SHORT_GRACE if alone else GRACE)
+            if not alone and os.environ.get('LOCAL_RANK') == '0':  # of another node, which may alone have it
+                tell(f'error on rank {rank}: {one_line(error, LONGEST)}')
         return 2
     except BrokenPipeError:  # whoever reads what is printed has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the end of Python prints nothing

@@ -100,6 +100,7 @@ def triplets(
     markers: dict[str, Any] | None = None,
     reasoning_targets: str = 'sequence',
     evaluation: bool = False,
+    seed: int = 17,
     **loader: Any,
 ) -> DataSpec:
     """``train_loader.name: triplets`` and ``eval_loader.name: triplets``.
@@ -113,6 +114,7 @@ def triplets(
         reasoning_targets: ``'sequence'`` (the paper) or ``'rationale'``.
         evaluation: read each row once, on any number of ranks, and no rationale; else rows are
             streamed. Default: ``False``.
+        seed: of the order of the rows, and of which of a row's rationales is read. Default: 17.
         **loader: keys of ``train_loader`` in our own YAML: ``source`` or ``local``, ``remote``,
             ``streams``, and so on.
 
@@ -127,6 +129,7 @@ def triplets(
         raise UserError(f'{WHERE}: found a device batch of {device_batch_size} rows; expected a whole number')
     config = partial_config(
         WHERE,
+        seed=seed,
         task=task,
         max_seq_len=max_seq_len,
         markers=markers or {},

@@ -14,7 +14,7 @@ from dhrd_plugin.data.triplet import classes_of
 from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.streams.dataset import draw_rationale
 from dhrd_plugin.streams.rows import StreamRows
-from dhrd_plugin.training.builders import build_collator, build_tokenizer_from, find_labels, find_streams
+from dhrd_plugin.training.builders import build_collator, build_tokenizer_from, find_labels, find_streams, reasons
 from dhrd_plugin.training.checks import check_limits
 from dhrd_plugin.training.config import Config, load_config
 
@@ -40,7 +40,7 @@ def show(config: Config, count: int, console: Console) -> None:
     task = find_labels(config, load_task(config.task))
     rows = StreamRows(find_streams('train_loader', config.train_loader, task))
     tokenizer = build_tokenizer_from(config)
-    collator = build_collator(config, task, tokenizer)
+    collator = build_collator(config, task, tokenizer, reasoning=reasons(config))
     console.print(LEGEND, style='dim', markup=False)
     for index in range(min(count, len(rows))):
         triplet = rows[index]

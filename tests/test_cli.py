@@ -35,6 +35,18 @@ def test_rank_0_tells_a_mistake_though_another_rank_saw_it_first(tmp_path, error
     assert 'Traceback' not in output
 
 
+@pytest.mark.parametrize(('local', 'told'), [('0', 1), ('1', 0)])
+def test_the_first_rank_of_another_node_tells_what_may_be_wrong_there_alone(tmp_path, monkeypatch, local, told):
+    script = tmp_path / 'missing.py'
+    work = "cli.run(lambda: (_ for _ in ()).throw(cli.UserError('rows.jsonl: no such file')))"
+    script.write_text(f'import sys; from dhrd_plugin import cli; cli.GRACE = 0.1; sys.exit({work})')
+    for name, value in {'RANK': '2', 'LOCAL_RANK': local, 'WORLD_SIZE': '4'}.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count('error on rank 2: rows.jsonl: no such file\n') == told, done.stderr
+
+
 def test_a_reader_that_leaves_is_no_error():
     """As ``dhrd evaluate ... | head -1``."""
     code = 'import sys; from dhrd_plugin.cli import run; sys.exit(run(lambda: [print(n) for n in range(99999)]))'

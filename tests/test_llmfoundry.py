@@ -192,3 +192,12 @@ def test_a_mistake_is_one_line(group, settings, expected):
 def test_llm_foundry_is_not_needed(run):
     del run
     assert 'llmfoundry' not in sys.modules
+
+
+def test_the_seed_decides_on_the_order_of_the_rows(root):
+    def order(seed):
+        options = {'task': 'rte', 'source': 'sample/train.jsonl', 'seed': seed}
+        loader = build('dataloaders', tokenizer=tiny_tokenizer(), device_batch_size=8, **options)
+        return next(iter(loader.dataloader))['input_ids'].tolist()
+
+    assert order(17) != order(18)

@@ -52,6 +52,12 @@ def test_the_label_stands_first_where_the_layout_says_so(root, capsys, wide):
     assert int(re.findall(r'(\d+) cut', first)[0]) > 0
 
 
+def test_the_pooled_baseline_reads_no_rationale(root, capsys, wide):
+    first, *_ = shown(root, capsys, 'algorithms.auxiliary_reasoning_loss=null')
+    assert 'entail the hypothesis[?]' in first and ' 0 supervised' in first
+    assert OWN not in first and '<REASON>' not in first
+
+
 def test_it_says_what_is_pooled_supervised_and_cut(root, capsys, wide):
     first, *_ = shown(root, capsys, 'max_seq_len=70', 'model.reasoning_targets=rationale')
     tokens, pooled, supervised, cut = map(

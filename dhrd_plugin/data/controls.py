@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable, Iterator
 
-from dhrd_plugin.data.triplet import Triplet
+from dhrd_plugin.data.triplet import Triplet, rationales_of
 from dhrd_plugin.errors import UserError, nearest
 
 CONTROLS = ('ConsistentReasoningLabel', 'OnlyLabel', 'ShuffleReasoning', 'ShuffleReasoningLabel', 'ShuffleTokens')
@@ -94,7 +94,6 @@ def _groups(rows: list[Triplet]) -> dict[int, str]:
 
     first: dict[int, str] = {}
     for index, row in enumerate(rows):
-        texts = row['rationale'] or []
-        for text in [texts] if isinstance(texts, str) else texts:
+        for text in rationales_of(row):
             parent[find(text)] = find(first.setdefault(index, text))
     return {index: find(text) for index, text in first.items()}

@@ -1,7 +1,9 @@
 """The labels of a task that names none: found in its training rows."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from dhrd_plugin.data.rows import (
 )
 from dhrd_plugin.data.tasks import Label, Task, as_whole, build_labels, with_found_labels
 from dhrd_plugin.data.triplet import BadRow, spell
+from dhrd_plugin.data.triplets import checked_rows
 from dhrd_plugin.errors import UserError, nearest
 
 MOST = 1000  # labels; more of them are no classes
 _NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
 _WHOLE = re.compile(r'0|-?[1-9]\d*')
+_NOWHERE = '\0'  # a field that no row has
 
 
 def with_labels(
@@ -34,7 +38,8 @@ def with_labels(
 ) -> Task:
     """The task with the labels that the rows of a source have; the task itself where it names its labels.
 
-    They stand in the order of their values, as numbers where all are numbers, and are their own names and answers.
+    They stand in the order of their values, as numbers where all are numbers, and are their own names and answers. A
+    row that is left out as a bad one brings none.
 
     Args:
         task: of :func:`~dhrd_plugin.data.tasks.load_task`.
@@ -86,7 +91,8 @@ def labels_of(values: Iterable[Any], where: str, typed: bool = True) -> tuple[La
     fraction = next((value for value in found if isinstance(value, float)), None)
     if numbers and not typed:
         fraction = next((value for value in found if not float(value).is_integer()), None)
-        found = [int(value) for value in found] if all(map(_WHOLE.fullmatch, found)) else found
+        whole = [str(as_whole(value, typed)) for value in found]
+        found = list(dict.fromkeys(map(int, whole))) if all(map(_WHOLE.fullmatch, whole)) else found
     if fraction is not None:
         raise UserError(
             f'{where}: found {fraction}, a number to predict; expected classes, which are texts or whole numbers '
@@ -98,7 +104,7 @@ def labels_of(values: Iterable[Any], where: str, typed: bool = True) -> tuple[La
     found.sort(key=lambda value: (float(value), str(value)) if numbers else (str(value),))
     plain: dict[str, Any] = {}
     for value in found:
-        other = plain.setdefault(str(value).strip().casefold(), value)
+        other = plain.setdefault(unicodedata.normalize('NFC', str(as_whole(value, typed)).strip().casefold()), value)
         if other is not value:
             raise UserError(
                 f'{where}: found {spell(other)} and {spell(value)}; expected one spelling of a label '
@@ -115,11 +121,13 @@ def _is_number(value: object) -> bool:
 
 def _values(rows: Iterable[Row], task: Task, typed: bool, on_bad: OnBad) -> Iterator[tuple[Any, Row]]:
     """Each label of each row, None of a row without; a row that cannot have one goes to ``on_bad``."""
+    if on_bad is not raise_bad:  # what is wrong with a row beside its label leaves it out, too
+        bare = replace(task, label=_NOWHERE, probabilities=_NOWHERE)
+        rows = (row for row, _ in checked_rows(rows, bare, False, typed, on_bad))
     for row in rows:
         with catching_bad(on_bad, row.where, row.fields):
-            for scope in task.scopes(row.fields):
-                for value in task.values(scope, typed) or [None]:
-                    yield value if value is None else _checked(as_whole(value, typed), task), row
+            found = [value for scope in task.scopes(row.fields) for value in task.values(scope, typed) or [None]]
+            yield from [(value if value is None else _checked(as_whole(value, True), task), row) for value in found]
 
 
 def _checked(value: object, task: Task) -> object:

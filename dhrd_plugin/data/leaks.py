@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 # Words too common to count wherever they stand: "there is no evidence" does not say that the answer is no.
 ADJECTIVES = {'true', 'false', 'correct', 'incorrect', 'right', 'wrong', 'same', 'different'}
-EVERYDAY = {'yes', 'no', 'neither', 'both'} | ADJECTIVES
+EVERYDAY = {'yes', 'no', 'neither', 'both', 'none'} | ADJECTIVES
 
 _SUBJECT = (
     r'\b(?:answer|label|verdict|conclusion|claim|statement|sentence|hypothesis|premise|proposition|question'

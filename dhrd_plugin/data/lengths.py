@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from dhrd_plugin.data.leaks import restated
-from dhrd_plugin.data.triplet import Triplet, words_of
+from dhrd_plugin.data.triplet import Triplet, rationales_of, words_of
 
 BATCH = 512  # triplets that are tokenised at a time
 MAX_IDS = 100  # of rows whose rationale states the label, in a summary
@@ -156,25 +156,20 @@ def _longer(lengths: Counter[int], limit: int) -> int:
 
 
 def _leaks(row: Triplet) -> bool:
-    return any(restated(text, words_of(row)) for text in _texts(row))
-
-
-def _texts(row: Triplet) -> list[str]:
-    rationale = row['rationale']
-    return rationale if isinstance(rationale, list) else [rationale] if rationale else []
+    return any(restated(text, words_of(row)) for text in rationales_of(row))
 
 
 def _words(triplets: list[Triplet]) -> Iterator[tuple[int, int]]:
     for row in triplets:
         part = len(row['input_text'].split())
-        reasoning = [len(text.split()) for text in _texts(row)]
+        reasoning = [len(text.split()) for text in rationales_of(row)]
         answer = 0 if row['rationale'] is None else len(row['answer'].split())
         yield part + max(reasoning, default=0) + answer, part
 
 
 def _tokens(triplets: list[Triplet], tokenizer: Any) -> Iterator[tuple[int, int]]:
     collator = load_collator(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    longest = [{**row, 'rationale': max(_texts(row), key=len, default=row['rationale'])} for row in triplets]
+    longest = [{**row, 'rationale': max(rationales_of(row), key=len, default=row['rationale'])} for row in triplets]
     for start in range(0, len(longest), BATCH):
         for row in collator.encode(longest[start : start + BATCH]):
             yield len(row.input_ids), row.input_length

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +15,11 @@ from dhrd_plugin.cli import Parser, number, run
 from dhrd_plugin.data.controls import CONTROLS, apply_control
 from dhrd_plugin.data.labels import task_of_rows, with_labels
 from dhrd_plugin.data.lengths import describe, load_collator, merge, summarise, survey
-from dhrd_plugin.data.rows import MAX_ROW_BYTES, SPLITS, OnBad, Row, catching_bad, raise_bad, splits_in
+from dhrd_plugin.data.rows import MAX_ROW_BYTES, SPLITS, OnBad, Row, in_memory, name_classes, raise_bad, splits_in
 from dhrd_plugin.data.shards import HASHES, SHARD_SIZE, write_set, write_triplets
 from dhrd_plugin.data.tasks import Task, load_task, task_names
-from dhrd_plugin.data.triplet import BadRow, Triplet, spell
-from dhrd_plugin.data.triplets import read_triplets
+from dhrd_plugin.data.triplet import BadRow, spell
+from dhrd_plugin.data.triplets import read_triplets, triplets_of
 from dhrd_plugin.errors import UserError, tell, user_errors
 from dhrd_plugin.streams.publish import check_free, publish, staged
 from dhrd_plugin.streams.remote import is_remote, join
@@ -188,7 +187,7 @@ def write_rows(
 
     Args:
         rows: a pandas ``DataFrame``, a ``datasets.Dataset``, or an iterable of mappings, with the task's fields.
-            NaN is a missing field.
+            NaN is a missing field. A label that is a ``ClassLabel`` of the ``Dataset`` is told by its name.
         out: a folder, or an address such as ``s3://bucket/rte/train``.
         task: as for :func:`~dhrd_plugin.data.tasks.load_task`; without ``labels`` those of the rows.
         overwrite: whether a set that is there may be replaced. Default: False.
@@ -203,33 +202,24 @@ def write_rows(
     Example:
         >>> write_rows([{'text': 'Hi', 'label': 'a'}, {'text': 'Ho', 'label': 'b'}], 'train', {'prompt': '{text}'})
     """
-    task, found = load_task(task), list(_rows_of(rows))
+    task = load_task(task)
+    found = list(_rows_of(rows, task))
     if not task.labels:
         task = task_of_rows(task, found, 'rows')
-    triplets = _triplets_of(found, task, options.get('labelled', True))
+    triplets = triplets_of(found, task, options.get('labelled', True))
     return write_triplets(triplets, out, task=task, overwrite=overwrite, **options)
 
 
-def _rows_of(rows: Any) -> Iterator[Row]:
-    """Each row as a file would give it: Python's own values, None where pandas has NaN."""
-    records = rows.to_dict('records') if hasattr(rows, 'to_dict') and hasattr(rows, 'columns') else rows
-    for count, fields in enumerate(records, 1):
-        if not isinstance(fields, Mapping):
-            raise UserError(f'row {count}: found {spell(fields)}; expected a mapping of fields')
-        yield Row(f'row {count}', count, {str(key): _plain(value) for key, value in fields.items()})
+def _rows_of(rows: Any, task: Task) -> Iterator[Row]:
+    named = name_classes(_mappings(rows), getattr(rows, 'features', None), task)
+    return (Row(f'row {number}', number, fields) for number, fields in enumerate(named, 1))
 
 
-def _plain(value: Any) -> Any:
-    """A value without NumPy's and pandas' types; None for NaN, NaT and NA."""
-    value = value.tolist() if hasattr(value, 'tolist') else value
-    missing = type(value).__name__ in ('NAType', 'NaTType') or (isinstance(value, float) and math.isnan(value))
-    return None if missing else value
-
-
-def _triplets_of(rows: Sequence[Row], task: Task, labelled: bool) -> Iterator[Triplet]:
-    for row in rows:
-        with catching_bad(raise_bad, row.where, row.fields):
-            yield from task.triplets(row.fields, labelled, number=row.number)
+def _mappings(rows: Any) -> Iterator[dict[str, Any]]:
+    for where, fields in in_memory(rows, 'row'):
+        if not isinstance(fields, dict):
+            raise UserError(f'{where}: found {spell(fields)}; expected a mapping of fields')
+        yield fields
 
 
 class _SetAside:

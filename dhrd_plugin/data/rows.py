@@ -1,4 +1,4 @@
-"""Rows: reading JSON, JSONL, CSV and Parquet files, folders of splits, and the Hugging Face hub.
+"""Rows: of JSON, JSONL, CSV and Parquet files, folders of splits, the Hugging Face hub, and of the memory.
 
 JSONL, CSV and Parquet files of any size stream in constant memory. A row that cannot be read is a
 :class:`~dhrd_plugin.data.triplet.BadRow`, which names file, line or row, and field, and is handed to ``on_bad``.
@@ -7,8 +7,9 @@ JSONL, CSV and Parquet files of any size stream in constant memory. A row that c
 import csv
 import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -355,10 +356,9 @@ def _broken_column(row: Any) -> str:
 def read_hub(source: str, task: Task, split: str | None) -> Iterator[Row]:
     """Read the rows of a data set of the Hugging Face hub; what ``hub:PATH:CONFIG`` leaves out is the template's.
 
-    Where the hub stores class labels as numbers, a row gets the value that the template gives the class of that
-    name, and none for -1, the hub's "unlabelled".
+    Where the hub stores class labels as numbers, they are told by name, see :func:`name_classes`.
     """
-    from datasets import ClassLabel, load_dataset
+    from datasets import load_dataset
 
     path, _, config = source.removeprefix('hub:').partition(':')
     path, config = path or task.hub.get('path', ''), config or task.hub.get('config')
@@ -369,12 +369,71 @@ def read_hub(source: str, task: Task, split: str | None) -> Iterator[Row]:
     split = next((name for name, stems in SPLITS.items() if split in stems), split)
     with user_errors(f'{source}: cannot load {path!r}, config {config!r}, split {split!r}'):
         data: Any = load_dataset(path, config, split=split)
-    label = task.for_hub().label
-    feature = data.features.get(label)
-    values = {item.name: item.value for item in task.labels}
-    for number, fields in enumerate(data, 1):
-        if isinstance(feature, ClassLabel):
-            index = fields[label]
-            name = '' if index in (None, -1) else feature.names[index]
-            fields = {**fields, label: values.get(name, name or None)}
+    for number, fields in enumerate(name_classes(data, data.features, task.for_hub()), 1):
         yield Row(f'{source}, row {number}', number, fields)
+
+
+def name_classes(rows: Iterable[dict[str, Any]], features: Any, task: Task) -> Iterator[dict[str, Any]]:
+    """Rows with classes in the place of their numbers, where the label is a ``ClassLabel`` of ``datasets``, or several.
+
+    A class is the value that the template gives the one of that name, else the name; of -1, which means unlabelled,
+    there is none. Where the template names other classes, by the same numbers, these stay.
+
+    Args:
+        rows: of plain values.
+        features: those of the rows' ``datasets.Dataset``, or None.
+        task: the template.
+    """
+    feature = features.get(task.label) if isinstance(features, Mapping) else None
+    feature = feature[0] if isinstance(feature, list) else getattr(feature, 'feature', feature)  # of several labels
+    names = getattr(feature, 'names', None)
+    if type(feature).__name__ != 'ClassLabel' or not names:
+        yield from rows
+        return
+    known = {label.name: label.value for label in task.labels}
+    values: dict[Any, Any] = {index: known.get(name, name) for index, name in enumerate(names)}
+    if known.keys().isdisjoint(names) and known and all(index in known.values() for index in values):
+        values = {}
+    values[-1] = None
+    for row in rows:
+        found = row.get(task.label)
+        if isinstance(found, list):
+            several = [values.get(index, index) for index in found]
+            yield {**row, task.label: None if several == [None] else several}
+        else:
+            yield {**row, task.label: values.get(found, found)}
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def in_memory(items: Any, what: str) -> Iterator[tuple[str, Any]]:
+    """Each text or row of a list, a DataFrame or a ``datasets.Dataset`` as a file would give it, behind its place.
+
+    Args:
+        items: the texts or rows.
+        what: what the places call an item: ``row`` gives "row 1".
+    """
+    if hasattr(items, 'notna') and hasattr(items, 'columns'):  # pandas'
+        if name := _twice(map(str, items.columns)):
+            raise BadRow(name, 'stands twice among the columns', 'DataFrame')
+        items = items.to_dict('records')
+    for number, item in enumerate(items, 1):
+        where = f'{what} {number}'
+        with catching_bad(raise_bad, where):
+            try:
+                yield where, plain(item)
+            except RecursionError:
+                raise BadRow('', 'is nested too deeply') from None
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: of Python's own types, keys are texts, and NaN, NaT and NA are None."""
+    if hasattr(value, 'tolist'):  # NumPy's
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return _distinct([(str(key), plain(item)) for key, item in value.items()])
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    missing = type(value).__name__ in ('NAType', 'NaTType') or (isinstance(value, float) and math.isnan(value))
+    return None if missing else value

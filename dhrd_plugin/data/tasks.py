@@ -5,12 +5,15 @@ A task is data, not code: a small YAML template. The seven SuperGLUE tasks of th
 """
 
 import json
+import math
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from decimal import Decimal
 from functools import cached_property, lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -47,7 +50,6 @@ class Label:
 
     def matches(self, value: object, typed: bool) -> bool:
         """Whether a row's value means this class; see :meth:`Task.triplets`."""
-        value = as_whole(value, typed)
         if typed:  # Python says 1 == True; JSON does not
             return type(value) is type(self.value) and value == self.value
         known = str(self.value)
@@ -68,7 +70,7 @@ class Task:
 
     Attributes:
         prompt: the input text, a format string over the row's fields. ``{year:d}`` is a number,
-            every other field must hold text.
+            every other field must hold text. Where cells have no types a number stands in its text.
         name: the task's name. Default: ``own``.
         labels: the classes, in the order of the classifier's outputs. Default: none; they are found in the training
             rows, see :mod:`dhrd_plugin.data.labels`.
@@ -83,7 +85,7 @@ class Task:
         weight: the field of the row's weight, which rows may lack. Default: ``weight``.
         probabilities: the field of a teacher's probabilities, which rows may lack. Default: ``probabilities``.
         words: for a prompt field, the words to print for each of its values. Default: none.
-        may_be_empty: prompt fields that may be empty: an empty text, an empty cell, or null. Default: none.
+        may_be_empty: prompt fields that may be empty: an empty text, an empty cell, null, or NaN. Default: none.
         truncate: the prompt field that is cut at its end where the input is longer than ``max_seq_len``. Default:
             none; such an input is refused.
         explode: ``'name in field'`` clauses, read like Python's ``for``: a row becomes one triplet for
@@ -166,20 +168,24 @@ class Task:
         return self._text(row)
 
     def fill(self, text: str) -> tuple[str, list[int] | None]:
-        """As :meth:`render_cuttable`, where ``text`` is the prompt's only field."""
+        """As :meth:`render_cuttable`, where ``text``, which has no type, is the prompt's only field."""
         scope: Any = text
         for key in reversed(_path(self.fields[0])):
             scope = {key: scope}
-        return self._text(scope)
+        return self._text(scope, typed=False)
 
-    def texts(self, row: Mapping[str, Any]) -> Iterator[tuple[str | None, str, list[int] | None]]:
+    def texts(self, row: Mapping[str, Any], typed: bool = True) -> Iterator[tuple[str | None, str, list[int] | None]]:
         """The id, if there is one, the input text, and what of it may be cut, of each triplet of a row.
+
+        Args:
+            row: the row as JSON gives it.
+            typed: as for :meth:`triplets`. Default: True.
 
         Raises:
             BadRow: a field of the prompt is missing, empty or not text; an id is no text or whole number.
         """
         for scope in self.scopes(row):
-            text, cuttable = self._text(scope)  # first, as what is wrong with it is what people look for
+            text, cuttable = self._text(scope, typed)  # first, as what is wrong with it is what people look for
             yield find_id(scope, self.id, 'id'), text, cuttable
 
     def triplets(
@@ -190,15 +196,15 @@ class Task:
         Args:
             row: the row as JSON gives it.
             labelled: whether the row must have a label or probabilities. Default: True.
-            typed: whether values have types; the cells of a CSV file have none, there ``0``
-                and ``true`` are told by their text. Default: True.
+            typed: whether values have types; the cells of a CSV file have none, there ``0``,
+                ``true`` and numbers are told by their text. Default: True.
             number: the row's number, its id where the template names none. Default: 0.
 
         Raises:
             BadRow: the row does not fit the template; the error names the field.
         """
         for item, scope in enumerate(self.scopes(row), 1):
-            text, cuttable = self._text(scope)
+            text, cuttable = self._text(scope, typed)
             label = self._label(scope, typed)
             triplet: Triplet = {
                 'id': identify(scope, self.id) if self.id else f'{number}-{item}' if self.explode else str(number),
@@ -221,7 +227,7 @@ class Task:
             scopes = [{**scope, name: item} for scope in scopes for item in _items(scope, source)]
         return scopes
 
-    def _text(self, scope: Mapping[str, Any]) -> tuple[str, list[int] | None]:
+    def _text(self, scope: Mapping[str, Any], typed: bool = True) -> tuple[str, list[int] | None]:
         parts: list[str] = []
         cuttable = None
         for literal, name, spec in _parse(self.prompt):
@@ -229,29 +235,29 @@ class Task:
             if not name:
                 continue
             start = sum(map(len, parts))
-            parts.append(self._field(scope, name, spec))
+            parts.append(self._field(scope, name, spec, typed))
             if name == self.truncate:
                 cuttable = [start, start + len(parts[-1])]
         return ''.join(parts), cuttable
 
-    def _field(self, scope: Mapping[str, Any], name: str, spec: str) -> str:
+    def _field(self, scope: Mapping[str, Any], name: str, spec: str, typed: bool) -> str:
         """What a field of the prompt prints."""
-        value = look_up(scope, name)
-        if spec:
-            return _number(value, name, spec)
-        empty = name in self.may_be_empty
+        value, words = look_up(scope, name), self.words.get(name)
+        if name in self.may_be_empty and _is_empty(value) and (value is not None or is_there(scope, name)):
+            text = value if isinstance(value, str) else ''
+            return text if words is None else words.get(text, '')
         if value is None and is_there(scope, name):
-            if not empty:
-                raise BadRow(name, f'is missing (empty, or null); may_be_empty: [{name}] in the template lets it be')
-            value = ''
-        if not empty and isinstance(value, str) and not value.strip():
+            raise BadRow(name, f'is missing (empty, or null); may_be_empty: [{name}] in the template lets it be')
+        if isinstance(value, str) and not value.strip():
             raise BadRow(name, f'is empty; may_be_empty: [{name}] in the template lets it be')
-        text = check_text(value, name, empty)
-        if name not in self.words:
+        if spec:
+            return _number(value, name, spec, typed)
+        text = check_text(value, name)
+        if words is None:
             return text
-        if text not in self.words[name]:
-            raise _unknown(text, self.words[name], name)
-        return self.words[name][text]
+        if text not in words:
+            raise _unknown(text, words, name)
+        return words[text]
 
     def _probabilities(self, scope: Mapping[str, Any], typed: bool) -> dict[str, float] | None:
         value = look_up(scope, self.probabilities)
@@ -262,7 +268,7 @@ class Task:
     def values(self, scope: Mapping[str, Any], typed: bool = True) -> list[Any] | None:
         """What a row's label field holds: one value, of a multi-label task any number; None where it is missing."""
         value = look_up(scope, self.label)
-        if value is None or value != value:  # NaN is pandas' missing
+        if value is None or _is_nan(value):  # pandas' missing
             return None
         if not self.multi_label:
             return [value]
@@ -289,9 +295,10 @@ class Task:
         return sorted(names, key=self.label_names.index)
 
     def _class(self, value: object, typed: bool) -> Label:
-        for label in named_labels(self).labels:
-            if label.matches(value, typed):
-                return label
+        for found in (value, as_whole(value, typed)):  # "1.0" may be a class of its own
+            for label in named_labels(self).labels:
+                if label.matches(found, typed):
+                    return label
         raise _unknown(value, [label.value for label in self.labels], self.label)
 
 
@@ -410,15 +417,38 @@ def find_id(scope: Mapping[str, Any], *specs: str) -> str | None:
     return None
 
 
-def _number(value: object, field: str, spec: str) -> str:
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or _is_nan(value) or (isinstance(value, str) and not value.strip())
+
+
+def _number(value: Any, field: str, spec: str, typed: bool) -> str:
+    """A number as its format prints it; without types its text may stand for it."""
     if value is None:
         raise BadRow(field, 'is missing')
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number: Any = value if typed or not isinstance(value, str) else _parse_number(value)
+    if not _is_finite(number):
         raise BadRow(field, f'found {spell(value)}; expected a number')
-    try:
-        return format(value, spec)
-    except (ValueError, OverflowError):
-        raise BadRow(field, f'found {spell(value)}; expected a number for the format {spec!r}') from None
+    for found in (number, *([int(number)] if number == int(number) else [])):  # "2001.0" in a format of whole numbers
+        with suppress(ValueError, OverflowError, TypeError):
+            return format(found, spec)
+    raise BadRow(field, f'found {spell(value)}; expected a number for the format {spec!r}')
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
+        return False
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _parse_number(text: str) -> int | float | None:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return None
 
 
 def _unknown(value: object, known: Iterable[object], field: str) -> BadRow:

@@ -12,6 +12,7 @@ from dhrd_plugin.data.rows import (
     SUFFIXES,
     catching_bad,
     check_is_text,
+    in_memory,
     kind_of,
     parse_object,
     raise_bad,
@@ -77,12 +78,8 @@ def texts_of(items: Any, task: Task | None) -> list[Text]:
     """The texts of a list of plain texts or of rows, or of a DataFrame, whose missing cells are missing fields."""
     if isinstance(items, str | bytes | Mapping):
         raise UserError('found one text or row; expected a list of them, or a DataFrame')
-    if hasattr(items, 'notna'):  # pandas'
-        items = items.astype(object).where(items.notna(), None)
-        items = items.to_dict('records') if hasattr(items, 'columns') else items.tolist()
     found: list[Text] = []
-    for number, item in enumerate(items, 1):
-        place = f'text {number}'
+    for place, item in in_memory(items, 'text'):
         with catching_bad(raise_bad, place):
             if isinstance(item, Mapping):
                 found += _from_row(item, task, place)
@@ -103,7 +100,7 @@ def _read_file(path: Path, task: Task | None) -> Iterator[Text]:
     if kind_of(path) in SUFFIXES:
         for row in read_rows(path):
             with catching_bad(raise_bad, row.where):
-                yield from _from_row(row.fields, task, row.where)
+                yield from _from_row(row.fields, task, row.where, typed=kind_of(path) != '.csv')
         return
     with user_errors(f'--input: {path}', OSError):
         check_is_text(path)
@@ -149,7 +146,7 @@ def _parse(line: str) -> Mapping[str, Any]:
     return row
 
 
-def _from_row(row: Mapping[str, Any], task: Task | None, where: str) -> Iterator[Text]:
+def _from_row(row: Mapping[str, Any], task: Task | None, where: str, typed: bool = True) -> Iterator[Text]:
     """What the template makes of a row; or its ``input_text``, unless that is a field of the prompt."""
     if 'input_text' in row and not (task and 'input_text' in task.fields):
         text = check_text(row['input_text'], 'input_text')
@@ -158,7 +155,7 @@ def _from_row(row: Mapping[str, Any], task: Task | None, where: str) -> Iterator
     elif task is None:
         raise BadRow('', f'found keys {sorted(row)}; expected input_text')
     else:
-        for ident, text, cuttable in task.texts(row):
+        for ident, text, cuttable in task.texts(row, typed):
             yield Text(where, ident, check_text(text, ''), cuttable)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any, TypedDict
 
@@ -157,6 +158,12 @@ def words_of(triplet: Mapping[str, Any]) -> list[str]:
     return [*([answer] if isinstance(triplet['label'], str) else answer.split(BETWEEN)), *classes_of(triplet)]
 
 
+def rationales_of(triplet: Mapping[str, Any]) -> list[str]:
+    """The texts of a row's rationale: none, one, or several; the empty one of a control is none."""
+    rationale = triplet['rationale'] or []
+    return [rationale] if isinstance(rationale, str) else rationale
+
+
 def check_label(
     value: object, field: str = 'label', names: Collection[str] | None = None, empty: bool = False
 ) -> str | list[str]:
@@ -191,7 +198,7 @@ def _number(value: object, field: str, typed: bool) -> float:
     if not typed and isinstance(value, str):
         with suppress(ValueError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real, Decimal)):
         raise BadRow(field, f'found {spell(value)}; expected a number')
     try:
         number = float(value)

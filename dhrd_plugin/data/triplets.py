@@ -173,7 +173,35 @@ def _from_rows(
     else:
         path = source_file(source, split)
         rows, typed = read_rows(path, on_bad, max_bytes), kind_of(path) != '.csv'
-    seen, found = _Table(), False
+    found = False
+    for triplet in triplets_of(rows, task, labelled, typed, on_bad):
+        found = True
+        yield triplet
+    if not found:
+        raise UserError(f'{source}: found no rows; expected one or more')
+
+
+def triplets_of(
+    rows: Iterable[Row], task: Task, labelled: bool = True, typed: bool = True, on_bad: OnBad = raise_bad
+) -> Iterator[Triplet]:
+    """The triplets of rows; those of one row come together, or it is a bad row.
+
+    Args:
+        rows: of a file, or of the memory.
+        task: the template that they fit.
+        labelled: as for :func:`read_triplets`. Default: True.
+        typed: whether values have types, unlike a CSV file's cells. Default: True.
+        on_bad: receives each bad row. Default: raise it.
+    """
+    for _, triplets in checked_rows(rows, task, labelled, typed, on_bad):
+        yield from triplets
+
+
+def checked_rows(
+    rows: Iterable[Row], task: Task, labelled: bool, typed: bool, on_bad: OnBad
+) -> Iterator[tuple[Row, list[Triplet]]]:
+    """Each good row with its triplets, whose ids differ from all before; see :func:`triplets_of`."""
+    seen = _Table()
     for row in rows:
         with catching_bad(on_bad, row.where, row.fields):
             try:
@@ -182,10 +210,7 @@ def _from_rows(
                 raise BadRow(error.field, error.reason + _hint(row)) from None
             for triplet in triplets:
                 seen.add(triplet['id'], row.where)
-            yield from triplets
-            found = found or bool(triplets)
-    if not found:
-        raise UserError(f'{source}: found no rows; expected one or more')
+            yield row, triplets
 
 
 def _hint(row: Row) -> str:
@@ -193,7 +218,7 @@ def _hint(row: Row) -> str:
     values = list(row.fields.values())
     rows = [isinstance(value, list) and any(isinstance(item, dict) for item in value) for value in values]
     if row.number == 1 and (any(rows) or all(isinstance(value, dict) for value in values)):
-        return '; if the file is one object that holds the rows, write them one a line, or as one array'
+        return '; if it is one object that holds the rows, write them one a line, or as one array'
     return ''
 
 

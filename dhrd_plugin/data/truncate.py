@@ -29,7 +29,7 @@ def fit(tokenizer: Any, text: str, cuttable: Sequence[int] | None, limit: int | 
         if excess <= 0:
             return text
         inside = [begin for begin, stop in encoded['offset_mapping'] if start <= begin < stop <= end]
-        if excess >= len(inside):
+        if excess >= len(inside) or inside[-excess] == start:  # of one character, all of whose tokens begin there
             return whole
         text, end = text[: inside[-excess]] + text[end:], inside[-excess]
 

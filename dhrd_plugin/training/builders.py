@@ -168,6 +168,13 @@ def balanced(streams: Sequence[TripletStream], task: Task) -> list[float]:
 
     Multi-label, how many rows lack the class for one that has it.
     """
+    for stream in streams:
+        for key in ('proportion', 'repeat', 'choose'):
+            if hasattr(stream, key):
+                raise UserError(
+                    f'model.class_weights: balanced: found with {key} of a stream, by which an epoch has other shares '
+                    'of the classes than the files; expected a list of numbers'
+                )
     counts = count_labels(streams, 'model.class_weights: balanced')
     for name in task.label_names:
         if not counts[name]:
@@ -197,6 +204,11 @@ def settled(config: Config, task: Task, streams: Sequence[TripletStream]) -> Con
     return config
 
 
+def reasons(config: Config) -> bool:
+    """Whether the rationales are read; the pooled baseline's are not."""
+    return 'auxiliary_reasoning_loss' in used(config.algorithms)
+
+
 def build_collator(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, **options: Any) -> TripletCollator:
     """The collator that the config asks for, with ``options`` of a :class:`~dhrd_plugin.TripletCollator`."""
     targets, longest, loader = config.model.reasoning_targets, config.max_seq_len, config.train_loader
@@ -219,11 +231,10 @@ def build_train_loader(
         rationale_seed=config.seed,
         **{name: value for name, value in loader.dataset.items() if name not in DOWNLOADS},
     )
-    reasoning = 'auxiliary_reasoning_loss' in used(config.algorithms)
     dataloader = TripletDataLoader(
         dataset,
         batch_size=batch_size,
-        collate_fn=build_collator(config, task, tokenizer, reasoning=reasoning, weights=loader.weights),
+        collate_fn=build_collator(config, task, tokenizer, reasoning=reasons(config), weights=loader.weights),
         num_workers=loader.num_workers,
         persistent_workers=loader.num_workers > 0,
         # Workers that persist draw their seed from the generator once, in a resumed run as in a straight
@@ -300,7 +311,7 @@ def build_model(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) 
     longest = getattr(causal_lm.config, 'max_position_embeddings', None)
     if longest is not None and config.max_seq_len > longest:
         raise UserError(f'max_seq_len: found {config.max_seq_len}; expected at most the {longest} of the model')
-    if 'auxiliary_reasoning_loss' in used(config.algorithms):
+    if reasons(config):
         check_rope(causal_lm.config.get_text_config(), config.max_seq_len, 'max_seq_len')
     network = DualHeadNetwork(
         causal_lm,

@@ -27,8 +27,10 @@ def build_loggers(config: Config, goes_on: bool) -> list[LoggerDestination]:
     built = []
     for name, kwargs in used(config.loggers).items():
         key = f'loggers.{name}'
-        if name == 'mlflow' and goes_on:
-            kwargs = {'resume': True, **kwargs}
+        if name == 'mlflow':
+            kwargs = {'resume': True, **kwargs} if goes_on else kwargs
+            if address := os.environ.get('MLFLOW_TRACKING_URI'):
+                os.environ['MLFLOW_TRACKING_URI'] = credentials_to_environment(address)
         if isinstance(kwargs.get('tracking_uri'), str):
             kwargs = {**kwargs, 'tracking_uri': credentials_to_environment(kwargs['tracking_uri'])}
         with user_errors(key, kind=True):  # of many kinds, each package's own
@@ -63,9 +65,10 @@ def mlflow_run(logger: Logger) -> str | None:
     found = mlflow_logger(logger)
     if found is None:
         return None
-    if found.tracking_uri.startswith('http'):
-        return f'{found.tracking_uri.rstrip("/")}/#/experiments/{found._experiment_id}/runs/{found._run_id}'
-    return f'run {found._run_id} in {without_secrets(found.tracking_uri)}'
+    address = without_secrets(found.tracking_uri)
+    if address.startswith('http'):
+        return f'{address.rstrip("/")}/#/experiments/{found._experiment_id}/runs/{found._run_id}'
+    return f'run {found._run_id} in {address}'
 
 
 @contextmanager

@@ -156,6 +156,7 @@ OURS = 'algorithms.auxiliary_reasoning_loss'
         ('device=cuda', "device: found 'gpu', and there is none here; expected cpu"),
         ('precision=fp64', "precision: found 'fp64'; expected one of"),
         ('python_log_level=loud', "python_log_level: found 'loud'; expected one of"),
+        ('optimizer.betas=[0.9]', 'optimizer.betas: found [0.9]; expected tuple['),
         ('compile_config={mod: x}', "compile_config.mod: unknown key; did you mean 'mode'?"),
         # what is no mapping, no task, no YAML
         ('task=null', 'task: found None; expected the name of a task'),

@@ -6,14 +6,19 @@ import math
 import re
 import shlex
 import shutil
+import unicodedata
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from omegaconf import OmegaConf
 from test_documents import block_under
 from tiny import byte_tokenizer
@@ -26,6 +31,7 @@ from dhrd_plugin.data.labels import with_labels
 from dhrd_plugin.data.prepare import write_rows
 from dhrd_plugin.data.rows import read_rows
 from dhrd_plugin.data.tasks import build_labels, load_task, with_found_labels
+from dhrd_plugin.data.texts import read_texts, texts_of
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError
@@ -67,6 +73,8 @@ def write(path, labels, kind='jsonl'):
         ('jsonl', [True, False], [False, True]),
         ('csv', ['10', '2', '', '2.0'], [2, 10]),
         ('csv', ['01', '2'], ['01', '2']),
+        ('csv', ['1.0', '2.0', '1.0'], [1, 2]),
+        ('csv', ['1.0', '2.0', '2.0.1'], ['1.0', '2.0', '2.0.1']),
         ('csv', ['yes', 'no'], ['no', 'yes']),
     ],
 )
@@ -86,6 +94,8 @@ def test_labels_are_found_in_the_order_of_their_values(tmp_path, kind, labels, v
         ('csv', ['0.25', '1'], 'found 0.25, a number to predict'),
         ('csv', range(1001), 'found more than 1,000 labels, such as "0", "1", "2"; expected classes'),
         ('jsonl', ['Yes', 'no', 'yes '], 'found "Yes" and "yes "; expected one spelling'),
+        ('jsonl', [unicodedata.normalize(form, 'Caf\u00e9') for form in ('NFC', 'NFD')], 'expected one spelling of a'),
+        ('csv', ['1', '1.0', 'beta'], 'found "1" and "1.0"; expected one spelling'),
         ('jsonl', [['a'], 'b'], 'line 1, field label: found ["a"]; expected a text, a whole number or true/false'),
         ('jsonl', [' ', 'b'], 'line 1, field label: is empty'),
     ],
@@ -129,6 +139,12 @@ def test_whole_numbers_as_pandas_writes_them(tmp_path, labels, cell):
         assert [row['label'] for row in read_triplets(write(tmp_path, [float(cell)]), task)] == ['1']
 
 
+@pytest.mark.parametrize('labels', [['1.0', '2.0'], ['1', '1.0'], ['1.0', '1']])
+def test_a_class_is_its_own_text_before_it_is_a_whole_number(tmp_path, labels):
+    task = load_task({**BARE, 'labels': labels})
+    assert [row['label'] for row in read_triplets(write(tmp_path, labels, 'csv'), task)] == labels
+
+
 @pytest.mark.parametrize('mark', ',;\t|')
 @pytest.mark.parametrize('name', ['a.csv', 'a.CSV'])
 def test_the_header_tells_what_stands_between_cells(tmp_path, mark, name):
@@ -161,6 +177,55 @@ def test_an_empty_cell_is_no_missing_column(row, optional, expected):
         task.render(row)
 
 
+EMPTY = {'prompt': 'a {note}', 'labels': [0, 1]}
+
+
+@pytest.mark.parametrize('value', [None, '', float('nan')])
+@pytest.mark.parametrize(
+    'more, printed',
+    [
+        ({}, 'a '),
+        ({'prompt': 'a {note:d}'}, 'a '),
+        ({'prompt': 'a {note:.1f}'}, 'a '),
+        ({'words': {'note': {'1': 'one'}}}, 'a '),
+        ({'words': {'note': {'1': 'one', '': 'none'}}}, 'a none'),
+    ],
+)
+def test_an_empty_cell_prints_nothing_in_a_number_and_in_words(value, more, printed):
+    assert load_task({**EMPTY, **more, 'may_be_empty': ['note']}).render({'note': value}) == printed
+    with pytest.raises(UserError, match=r'field note: (is missing|is empty|found NaN; expected)'):
+        load_task({**EMPTY, **more}).render({'note': value})
+
+
+@pytest.mark.parametrize(
+    'year, printed', [('2001', '2001'), ('2001.0', '2001'), ('two', None), ('', None), ('nan', None)]
+)
+def test_a_number_of_a_file_without_types_is_told_by_its_text(tmp_path, year, printed):
+    """So that a template of a frame, where it is a number, reads a CSV file as well."""
+    task = load_task({**BARE, 'labels': ['a', 'b'], 'prompt': '{year:d}'})
+    (tmp_path / 'a.csv').write_text(f'year,label,more\n{year},a,x\n')
+    if printed is None:
+        for read in (read_triplets, lambda path, task: read_texts(str(path), task)):
+            with pytest.raises(
+                UserError, match=r'a\.csv, line 2, field year: (found .*; expected a number|is missing)'
+            ):
+                list(read(tmp_path / 'a.csv', task))
+        return
+    frame = pd.DataFrame({'year': [int(printed), None], 'label': ['a', 'b']})[:1]  # floats, because of the gap
+    texts = [*read_texts(str(tmp_path / 'a.csv'), task), *texts_of(frame, task), *texts_of([year], task)]
+    assert [row['input_text'] for row in read_triplets(tmp_path / 'a.csv', task)] == [printed]
+    assert [text.text for text in texts] == [printed] * 3
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path):
+    """In the prompt and as weights."""
+    row = {'price': [Decimal('1.50')], 'year': [Decimal(2001)], 'weight': [Decimal('0.25')], 'label': ['a']}
+    pq.write_table(pa.table(row), tmp_path / 'a.parquet')
+    task = load_task({'prompt': '{price:.2f} in {year:d}', 'labels': ['a', 'b']})
+    (found,) = read_triplets(tmp_path / 'a.parquet', task)
+    assert (found['input_text'], found['weight']) == ('1.50 in 2001', 0.25)
+
+
 @pytest.mark.parametrize('field', ['word ' * 30, '\U0001f642 \u05e9\u05dc\u05d5\u05dd ' * 9])
 @pytest.mark.parametrize('limit', [20, 21, 22, 23, 24, 40])
 def test_a_field_is_cut_and_the_frame_stays(field, limit):
@@ -170,6 +235,12 @@ def test_a_field_is_cut_and_the_frame_stays(field, limit):
     assert text.startswith(before + field[0]) and text.endswith(after)
     kept = text.removeprefix(before).removesuffix(after)
     assert field.startswith(kept)
+
+
+@pytest.mark.parametrize('limit', [4, 5, 6])
+def test_a_field_is_never_cut_to_nothing(limit):
+    """Its one character has three tokens."""
+    assert fit(byte_tokenizer(), 'ab\u20accd', [2, 3], limit) == 'ab\u20accd'
 
 
 def test_what_cannot_be_cut_stays():
@@ -194,6 +265,137 @@ def test_rows_in_memory(tmp_path, kind):
     assert [row['rationale'] for row in found] == [None, 'It is.', None]
     with pytest.raises(UserError, match='row 1, field label: found 7; expected one of 0, 1'):
         write_rows([{'my text': 'a', 'note': '', 'label': 7}], tmp_path / 'other', summary['task'])
+
+
+NESTED = {'passage': {'q': ['x', 'y']}, 'choices': ['l', 'm'], 'year': 2001, 'label': 'a'}
+IN_MEMORY = {
+    'columns that are numbers': (pd.DataFrame([['x', 'a'], ['y', 'b']]), {'prompt': '{0}', 'label': '1'}, ['x', 'y']),
+    'keys that are numbers': ([{0: 'x', 1: 'a'}], {'prompt': '{0}', 'label': '1'}, ['x']),
+    'arrays in cells': (
+        pd.DataFrame([{**NESTED, 'passage': {'q': np.array(['x', 'y'], object)}}]),
+        {'prompt': '{q}', 'explode': ['q in passage[q]']},
+        ['x', 'y'],
+    ),
+    'an item': (pd.DataFrame([{**NESTED, 'choices': np.array(['l', 'm'])}]), {'prompt': '{choices[1]}'}, ['m']),
+    'scalars of NumPy': ([{**NESTED, 'year': np.int64(2001)}], {'prompt': '{year:d}'}, ['2001']),
+    'a tuple': ([{**NESTED, 'choices': ('l', 'm')}], {'prompt': '{choices[0]}'}, ['l']),
+    'a data set': (Dataset.from_list([NESTED]), {'prompt': '{year:d} {passage[q][0]}'}, ['2001 x']),
+    'a missing cell': (
+        pd.DataFrame({'text': ['x', 'y'], 'note': [None, float('nan')], 'label': 'a'}),
+        {'prompt': '{text}{note}', 'may_be_empty': ['note']},
+        ['x', 'y'],
+    ),
+    'NaN in a cell': (
+        [{**NESTED, 'choices': [float('nan'), 'm']}],
+        {'prompt': '{choices[0]}'},
+        'field choices[0]: is missing',
+    ),
+    'columns that are alike': (
+        pd.DataFrame([['x', 'a', 'z']], columns=['text', 'label', 'text']),
+        {'prompt': '{text}'},
+        'DataFrame, field text: stands twice among the columns',
+    ),
+    'keys that are alike': ([{0: 'x', '0': 'y'}], {'prompt': '{0}'}, ' 1, field 0: stands twice'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', IN_MEMORY)
+def test_rows_in_memory_are_read_alike_in_training_and_in_prediction(tmp_path, name):
+    rows, task, expected = IN_MEMORY[name]
+    task = load_task({'labels': ['a', 'b'], **task})
+
+    def written(rows):
+        write_rows(rows, tmp_path / 'set', task)
+        return [row['input_text'] for _, rows in read_shards(tmp_path / 'set') for row in rows]
+
+    for read in (written, lambda rows: [text.text for text in texts_of(rows, task)]):
+        if isinstance(expected, list):
+            assert read(rows) == expected
+        else:
+            with pytest.raises(UserError, match=re.escape(expected)):
+                read(rows)
+
+
+def test_rows_in_memory_have_ids_that_differ(tmp_path):
+    rows = [{'id': 1, 'text': 'x', 'label': 'a'}, {'id': '1', 'text': 'y', 'label': 'b'}]
+    with pytest.raises(UserError, match=r"^row 2, field id: found '1' twice, first in row 1$"):
+        write_rows(rows, tmp_path / 'set', {**BARE, 'id': 'id'})
+
+
+CLASSES = ClassLabel(names=['entailment', 'neutral', 'contradiction'])
+SEVERAL = {'problem_type': 'multi_label_classification'}
+
+
+@pytest.mark.parametrize(
+    'feature, values, more, labels',
+    [
+        (CLASSES, [0, 1, 2, -1], {}, {'contradiction': 1, 'entailment': 1, 'neutral': 1, '': 1}),
+        (
+            CLASSES,
+            [0, 2, 0],
+            {'labels': ['neutral', 'contradiction', 'entailment']},
+            {'neutral': 0, 'contradiction': 1, 'entailment': 2},
+        ),
+        (CLASSES, [0, 2], {'labels': [2, 1, 0]}, {'2': 1, '1': 0, '0': 1}),
+        (CLASSES, [0, 0], {'labels': [{'value': 5, 'name': 'entailment'}, 0]}, {'entailment': 2, '0': 0}),
+        (Sequence(CLASSES), [[0], [0, 2], []], SEVERAL, {'contradiction': 1, 'entailment': 2}),
+        (
+            Sequence(CLASSES),
+            [[0], [-1]],
+            {**SEVERAL, 'labels': ['neutral', 'entailment']},
+            {'neutral': 0, 'entailment': 1, '': 1},
+        ),
+    ],
+)
+@pytest.mark.parametrize('where', ['memory', 'hub'])
+def test_classes_of_a_data_set_are_told_by_name(tmp_path, monkeypatch, capsys, where, feature, values, more, labels):
+    """Where its label is a number that stands for a name, or several; -1 is none."""
+    rows = Dataset.from_dict(
+        {'text': [f'w{index}' for index in range(len(values))], 'label': values},
+        features=Features({'text': Value('string'), 'label': feature}),
+    )
+    if where == 'memory':
+        summary = write_rows(rows, tmp_path / 'set', {**BARE, **more}, labelled=False)
+    else:
+        monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path / 'cache')
+        (tmp_path / 'data').mkdir()
+        rows.to_parquet(tmp_path / 'data' / 'train.parquet')
+        (tmp_path / 'task.yaml').write_text(json.dumps({**BARE, **more}))
+        common = ['--template', str(tmp_path / 'task.yaml'), '--input', f'hub:{tmp_path}/data', '--split', 'train']
+        assert main(['prepare', *common, '--unlabelled', '--output', str(tmp_path / 'set')]) == 0, capsys.readouterr()
+        summary = json.loads((tmp_path / 'set' / 'triplets.json').read_text())
+    assert summary['labels'] == labels and summary['label_names'] == [name for name in labels if name]
+
+
+def test_labels_of_rows_that_are_set_aside_are_none(tmp_path, capsys):
+    """A row is one of them for its text, its id, or another item of it."""
+    rows = [{'id': n, 'text': f'w{n}', 'label': 'ab'[n]} for n in range(2)]
+    odd = [{'id': 2, 'text': '', 'label': 'junk'}, {'id': 0, 'text': 'w', 'label': 'twice'}]
+    odd += [{'id': 3, 'text': 'w', 'label': 'heavy', 'weight': -1}, {'id': 4, 'text': 'w', 'label': ['x']}]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows + odd)))
+    (tmp_path / 'task.yaml').write_text(json.dumps({**BARE, 'id': 'id'}))
+    common = ['prepare', '--template', str(tmp_path / 'task.yaml'), '--input', str(tmp_path / 'a.jsonl')]
+    assert main([*common, '--output', str(tmp_path / 'out'), '--skip-bad', str(tmp_path / 'bad.jsonl')]) == 0
+    printed = capsys.readouterr().out
+    assert 'labels: a 1 (50%), b 1 (50%)\n' in printed and 'set aside: 4 bad rows' in printed
+
+
+def test_a_rationale_that_begins_with_none_states_no_label(tmp_path):
+    """``none`` is the answer of a row without any of several labels."""
+    rows = [{'text': 'w', 'label': [], 'why': 'None of the pages load.'}, {'text': 'w', 'label': [], 'why': 'None.'}]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    task = {**BARE, **SEVERAL, 'labels': ['a', 'b'], 'rationale': 'why'}
+    (tmp_path / 'task.yaml').write_text(json.dumps(task))
+    common = ['prepare', '--template', str(tmp_path / 'task.yaml'), '--input', str(tmp_path / 'a.jsonl')]
+    assert main([*common, '--output', str(tmp_path / 'out')]) == 0
+    assert json.loads((tmp_path / 'out' / 'triplets.json').read_text())['states_label'] == {'rows': 1, 'ids': ['2']}
+
+
+def test_numbers_in_the_lists_of_a_csv_file_are_labels(tmp_path):
+    (tmp_path / 'a.csv').write_text('text,label\nw1,"[2, 10]"\nw2,[2.0]\n')
+    task = with_labels(load_task({**BARE, **SEVERAL}), tmp_path / 'a.csv')
+    assert [label.value for label in task.labels] == [2, 10]
+    assert [row['label'] for row in read_triplets(tmp_path / 'a.csv', task)] == [['2', '10'], ['2']]
 
 
 def test_prepare_takes_the_labels_of_the_split_train(tmp_path, capsys):
@@ -378,6 +580,14 @@ def test_shards_bring_their_labels(folder, tmp_path):
     loader = {'local': str(tmp_path / 'set')}
     trainer = train(config_of(folder, tmp_path / 'run', TICKETS, train_loader=loader, eval_loaders={}))
     assert trainer.state.model.label_names == sorted(KINDS)
+
+
+@pytest.mark.parametrize('weights', [{'repeat': 4}, {'proportion': 0.5}, {'choose': 7}])
+def test_balanced_weights_are_not_for_a_mixture_of_sets(folder, tmp_path, weights):
+    write_rows(pd.read_csv(folder / 'train.csv', sep=';'), tmp_path / 'set', {**TICKETS, 'truncate': 'my text'})
+    loader = {'streams': {name: {'local': str(tmp_path / 'set'), **weights} for name in 'ab'}}
+    with pytest.raises(UserError, match=f'class_weights: balanced: found with {next(iter(weights))} of a stream'):
+        train(config_of(folder, tmp_path / 'run', TICKETS, train_loader=loader, eval_loaders={}))
 
 
 def test_balanced_needs_a_row_of_every_label(folder, tmp_path):

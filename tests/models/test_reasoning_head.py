@@ -393,7 +393,7 @@ def test_a_checkpoint_from_before_the_surgery_loads(folder, tmp_path, untied):
     model = stock_classifier()
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
-    options = {'load_path': str(tmp_path / 'old.pt'), 'load_weights_only': True}
+    options = {'load_path': str(tmp_path / 'old.pt'), 'load_weights_only': untied}
     trainer = build(model, [added], tokenised(), collator(), **options)[0]
     found = {name: value for name, value in trainer.state.model.state_dict().items() if 'lm_head' not in name}
     assert same(found, old.state_dict())

@@ -21,7 +21,13 @@ from dhrd_plugin import load_config, train
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.predict import main as predict
 from dhrd_plugin.training.config import written
-from dhrd_plugin.training.loggers import credentials_to_environment, flat, without_secret_arguments
+from dhrd_plugin.training.loggers import (
+    build_loggers,
+    credentials_to_environment,
+    flat,
+    mlflow_run,
+    without_secret_arguments,
+)
 from dhrd_plugin.training.mlflow_logger import MLFlowLogger, fit_name
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -335,6 +341,25 @@ def test_credentials_of_a_server_go_where_mlflow_does_not_print_them(address, ke
     assert credentials_to_environment(address) == (kept or address)
     found = (os.environ['MLFLOW_TRACKING_USERNAME'], os.environ['MLFLOW_TRACKING_PASSWORD'])
     assert found == (('me', 'a@b') if kept else ('', ''))
+
+
+@pytest.mark.parametrize(
+    'address', ['http://bob:hunter2@host:5000', 'https://hunter2@host', 'postgresql://b:hunter2@h/d']
+)
+def test_an_address_is_told_without_its_credentials(address):
+    logger = object.__new__(MLFlowLogger)  # no server is asked
+    logger.tracking_uri, logger._experiment_id, logger._run_id = address, '1', 'abc'
+    told = mlflow_run(SimpleNamespace(destinations=[logger]))
+    assert 'abc' in told and 'hunter2' not in told
+
+
+def test_credentials_in_the_environment_go_there_as_well(small, monkeypatch):
+    for name in ('USERNAME', 'PASSWORD'):
+        monkeypatch.setenv(f'MLFLOW_TRACKING_{name}', '')
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', 'http://bob:hunter2@localhost:9')
+    monkeypatch.setattr('dhrd_plugin.training.registry.build', lambda *_: os.environ['MLFLOW_TRACKING_URI'])
+    assert build_loggers(small.config('loggers={mlflow: {}}'), False)[-1] == 'http://localhost:9'
+    assert os.environ['MLFLOW_TRACKING_PASSWORD'] == 'hunter2'
 
 
 def test_settings_by_dotted_name():
