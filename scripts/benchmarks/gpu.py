@@ -16,6 +16,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.table import spell
 from dhrd_plugin.cli import Parser, number, run
 from dhrd_plugin.errors import UserError, nearest, user_errors
 
@@ -208,7 +209,7 @@ def bars(lines: Sequence[Line]) -> list[list[str]]:
         [
             what,
             f'at {"least" if more else "most"} {bar:g}',
-            _number(value),
+            spell(value),
             '' if value is None else _met(value, bar, more),
         ]
         for what, bar, value, more in found
@@ -233,8 +234,8 @@ def _machine(lines: Sequence[Line]) -> str:
 def _step(line: Line) -> list[str]:
     way = line['way'] + ('' if line.get('reasoning', True) else ', no reasoning loss')
     mfu = f'{100 * line["mfu"]:.1f} %' if 'mfu' in line else ''
-    numbers = [_number(line.get(key)) for key in ('rows', 'ms', 'rows_s', 'tokens_s')]
-    return [line['model'], line['precision'], line['trained'], way, *numbers, mfu, _number(line.get('peak_mib'))]
+    numbers = [spell(line.get(key)) for key in ('rows', 'ms', 'rows_s', 'tokens_s')]
+    return [line['model'], line['precision'], line['trained'], way, *numbers, mfu, spell(line.get('peak_mib'))]
 
 
 def _plain(lines: Sequence[Line]) -> Iterator[str]:
@@ -242,11 +243,5 @@ def _plain(lines: Sequence[Line]) -> Iterator[str]:
     for keys, found in groupby(
         lines, lambda line: [key for key in line if key not in ('section', 'run', 'where', 'losses')]
     ):
-        cells = [[_number(line[key]) for key in keys] for line in found]
+        cells = [[spell(line[key]) for key in keys] for line in found]
         yield tabulate(cells, keys, tablefmt='github', disable_numparse=True) + '\n'
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return '' if value is None else str(value)
-    return f'{value:,.0f}' if abs(value) >= 1000 or isinstance(value, int) else f'{value:.3g}'
