@@ -121,4 +121,4 @@ def spell(value: Any) -> str:
     """A cell: a number of three digits, from a thousand on with commas and whole; what is no number as it is."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return '' if value is None else str(value)
-    return f'{value:,.0f}' if abs(value) >= 1000 or isinstance(value, Integral) else f'{value:.3g}'
+    return f'{value:,.0f}' if abs(float(value)) >= 1000 or isinstance(value, Integral) else f'{value:.3g}'
