@@ -6,7 +6,7 @@
 It prints its address and serves until it is killed. ORDERS maps a text to what becomes of the requests whose
 prompt holds it, one order a request, the last one for ever: `good` (the default), `answer:TEXT`, `cut`, `empty`,
 `null`, `no-sentinel`, `restated`, `surrogate`, `malformed`, `html`, `slow`, `drip`, `hang-up`, `echo` (a 500 that
-prints the key it was sent), `429:SECONDS` (with Retry-After) and any other status by its number.
+prints the key it was sent), `surrogate-error`, `429:SECONDS` (with Retry-After) and any other status by its number.
 The log gets a line of JSON for each answer sent: time, status, order, the prompt, and how many requests are in hand.
 """
 
@@ -62,6 +62,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(429, {'error': {'message': 'slow down'}}, {'Retry-After': value or '1'})
         if name == 'echo':
             return self.send(500, {'error': {'message': f'debug: {self.headers["Authorization"]}'}})
+        if name == 'surrogate-error':
+            return self.send(400, {'error': {'message': 'bad \ud83d'}})
         if name.isdecimal():
             return self.send(int(name), {'error': {'message': value or f'status {name} on order'}})
         if name == 'malformed':

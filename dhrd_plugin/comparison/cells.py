@@ -68,7 +68,7 @@ def compare(path: str | Path, overrides: Sequence[str] = (), jobs: int = 1) -> P
         if load_task(cell.config.task).multi_label:
             raise UserError(f'{path}: tasks.{cell.task}: found several labels to a row; expected one, right or wrong')
     results = Path(comparison.output_dir) / RESULTS
-    done = _done(results, cells)
+    done = cells_done(results, cells)
     missing = [(f'cell {i} of {len(cells)}: {cell}', cell) for i, cell in enumerate(cells, 1) if cell.key not in done]
     if ranks.rank() == 0:
         check_targets(comparison, [cell for _, cell in missing], path)
@@ -76,7 +76,7 @@ def compare(path: str | Path, overrides: Sequence[str] = (), jobs: int = 1) -> P
 
     def keep(cell: Cell) -> None:
         if ranks.rank() == 0:
-            _append(results, read_cell(cell))
+            append(results, read_cell(cell))
             if not comparison.keep_exports:
                 shutil.rmtree(cell.folder / EXPORT)
 
@@ -88,7 +88,7 @@ def compare(path: str | Path, overrides: Sequence[str] = (), jobs: int = 1) -> P
     return results
 
 
-def _done(path: Path, cells: Sequence[Cell]) -> set[CellKey]:
+def cells_done(path: Path, cells: Sequence[Cell]) -> set[CellKey]:
     """The cells that have results; refuses those of another config."""
     prints = {cell.key: cell.fingerprint for cell in cells}
     done = set()
@@ -103,7 +103,8 @@ def _done(path: Path, cells: Sequence[Cell]) -> set[CellKey]:
     return done & set(prints)
 
 
-def _append(path: Path, records: Sequence[dict[str, Any]]) -> None:
+def append(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Add records to a ``results.jsonl``, in one step."""
     lines = ''.join(f'{json.dumps(record, ensure_ascii=False)}\n' for record in records)
     write_bytes(path, (path.read_bytes() if path.exists() else b'') + lines.encode())
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from dhrd_plugin.errors import UserError, one_line
+from dhrd_plugin.errors import UserError, one_line, user_errors
 
 HOPELESS = {401: 'the key was refused', 402: 'the account has no credit', 404: 'no such model or address'}
 
@@ -30,7 +30,8 @@ def parse_reply(body: str) -> Reply:
         text = choice['message'].get('content') or ''
         text.encode()  # half of a surrogate pair cannot be written to a file
         tokens = (usage.get(key) for key in ('prompt_tokens', 'completion_tokens'))
-        return Reply(text, choice.get('finish_reason'), *tokens)
+        counted = (value if isinstance(value, int) else None for value in tokens)
+        return Reply(text, choice.get('finish_reason'), *counted)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f'not a chat completion: {one_line(body, 80)!r}') from error
 
@@ -68,9 +69,10 @@ class Endpoint:
         self.openai, self.model, self.body = openai, model, dict(body)
         # A shorter one is a placeholder such as "none", and a word that answers may contain.
         self.secret = api_key if len(api_key) >= 12 else '\0'
-        self.client = openai.AsyncOpenAI(
-            base_url=base_url, api_key=api_key, max_retries=retries, http_client=_http_client(timeout)
-        )
+        with user_errors(_connection(base_url), kind=True):
+            self.client = openai.AsyncOpenAI(
+                base_url=base_url, api_key=api_key, max_retries=retries, http_client=_http_client(timeout)
+            )
         self.address = str(self.client.base_url.copy_with(userinfo=b'')).rstrip('/')
 
     async def ask(self, prompt: str) -> Reply:
@@ -99,7 +101,15 @@ class Endpoint:
             raise Unanswered(f'connection lost ({reason})') from None
 
     def _redact(self, text: object) -> str:
-        return one_line(str(text).replace(self.secret, '***'), 200)
+        text = str(text).encode(errors='replace').decode()  # half of a surrogate pair cannot be written to a file
+        return one_line(text.replace(self.secret, '***'), 200)
+
+
+def _connection(base_url: str | None) -> str:
+    """What decides how an endpoint is reached, as far as it is set."""
+    names = ('ALL_PROXY', 'HTTPS_PROXY', 'HTTP_PROXY', 'SSL_CERT_FILE', 'SSL_CERT_DIR')
+    found = [name for name in names for name in (name, name.lower()) if os.environ.get(name)]
+    return ', '.join([*([f'--base-url {base_url}'] if base_url else []), *found]) or 'the endpoint'
 
 
 def _http_client(timeout: float) -> Any:

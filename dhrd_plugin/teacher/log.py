@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,16 @@ def fingerprint(triplet: Mapping[str, Any], votes: int = 0) -> str:
     return hashlib.sha1(text.encode()).hexdigest()[:12]
 
 
-def is_open(triplet: Triplet, done: Mapping[str, str | None], aside: Collection[str], votes: int = 0) -> bool:
-    """Whether a row has no rationale yet (``done``: what is :func:`known`, by ``idx``) and was not set aside."""
-    ident = triplet['id']
+def is_open(triplet: Triplet, done: Mapping[str, str | None], aside: Mapping[str, str | None], votes: int = 0) -> bool:
+    """Whether a row has no rationale yet and was not set aside as it is now; each holds fingerprints by ``idx``.
+
+    A rationale (``done``) for another text is another file's, and refused; a row that was set aside with
+    another text may have been mended since.
+    """
+    ident, made = triplet['id'], (None, fingerprint(triplet, votes))
     if ident not in done:
-        return ident not in aside
-    if done[ident] not in (None, fingerprint(triplet, votes)):
+        return ident not in aside or aside[ident] not in made
+    if done[ident] not in made:
         raise UserError(
             f'idx {ident!r}: the output holds a rationale of this id for another text or answer, or other votes; '
             'other data needs another --output'

@@ -34,6 +34,13 @@ Do not state the answer in your explanation.
 Write the explanation first, then {sentinel} on a line of its own, then the answer, in the words given above.
 """.replace('{sentinel}', SENTINEL)
 
+# What may stand before and behind the label after the sentinel.
+_HEAD = (
+    r'(?:(?:so|thus|therefore|hence),? )?(?:the |my |this |that )?(?:final |correct |right )?'
+    r'(?:answer|label|choice|option|verdict|conclusion|claim|statement|it)(?: is| must be| would be)?[\s:=]+'
+)
+_END = r'(?=\s*(?:$|[\n,.;:!()\u2013\u2014](?!\d)|- |(?:because|since|as)\b))'
+
 
 def read_prompt(path: Path | None, answers: Collection[str] = ()) -> str:
     """The prompt template: a UTF-8 file with the three parts of ours, by default ours; every other brace is text.
@@ -60,15 +67,35 @@ def build_prompt(triplet: Mapping[str, Any], template: str = PROMPT) -> str:
 
 
 def split_answer(text: str) -> tuple[str, str | None]:
-    """A teacher's answer as the explanation and what follows the sentinel (``None`` without a sentinel)."""
-    explanation, sentinel, answer = text.partition(SENTINEL)
+    """A teacher's answer as the explanation and what follows the sentinel (``None`` without a sentinel).
+
+    What a reasoning model thinks before, up to ``</think>``, is no part of it: the sentinel may stand there, too.
+    """
+    explanation, sentinel, answer = text.rpartition('</think>')[2].partition(SENTINEL)
     return explanation.strip(), answer.strip() if sentinel else None
 
 
 def read_label(answer: str | None, answers: Mapping[str, str]) -> str | None:
-    """The label whose name or answer text (the values of ``answers``) a teacher's answer is; ``None`` if none."""
-    said = (answer or '').strip(' \n."\'*').casefold()
-    return next((label for label, words in answers.items() if said in (label.casefold(), words.casefold())), None)
+    """The label whose name or answer text (the values of ``answers``) a teacher's answer begins with, if any."""
+    named = {label: _named(answer or '', (label, words)) for label, words in answers.items()}
+    label = max(named, key=lambda label: named[label], default=None)
+    return label if label is not None and named[label] else None
+
+
+def _named(answer: str, names: Iterable[str]) -> int:
+    """The length of the longest name that an answer begins with; 0 without one.
+
+    It may be more than the name: "**Answer:** Yes, it rains.", "1. The sun rose.", "The answer is no".
+    """
+    said = _plain(answer)
+    found = (name for name in map(_plain, names) if re.match(rf'(?:{_HEAD})?\(?{re.escape(name)}{_END}', said))
+    return max(map(len, found), default=0)
+
+
+def _plain(text: str) -> str:
+    """Without quotes, markup, the sentinel said once more, and what parts the words of a name."""
+    text = re.sub(r'[*`"\'\u2018\u2019\u201c\u201d]', '', text.replace(SENTINEL, '\n')).strip().rstrip('. \n')
+    return re.sub(r'(?<=\w)[ _-]+(?=\w)', ' ', text).casefold()
 
 
 def check_answer(
@@ -80,7 +107,8 @@ def check_answer(
         text: the whole answer.
         finish_reason: as the endpoint gave it.
         words: what the explanation may not state, see :func:`~dhrd_plugin.data.leaks.restated`.
-        others: names and answer texts of the wrong labels, of which none may follow the sentinel.
+        others: names and answer texts of the wrong labels. Where anything follows the sentinel it begins with one
+            of ``words`` and not with one of these; without ``words``, or where nothing does, that is not looked at.
     """
     explanation, answer = split_answer(text)
     if finish_reason == 'length':
@@ -96,9 +124,18 @@ def check_answer(
     word = restated(explanation, words)
     if word is not None:
         return f'states the label: {word!r}'
-    if answer.strip(' \n."\'*').casefold() in {other.casefold() for other in others}:
-        return f'answers with another label: {one_line(answer)!r}'
+    if answer and words:
+        own, other = _named(answer, words), _named(answer, others)
+        if other > own:
+            return f'answers with another label: {one_line(answer, 80)!r}'
+        if not own:
+            return no_label(answer)
     return None
+
+
+def no_label(answer: str | None) -> str:
+    """The reason to set an answer aside that ends in no label."""
+    return f'answers with no label: {one_line(answer or "", 80)!r}'
 
 
 def kinds(reasons: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -30,10 +31,18 @@ from dhrd_plugin.data.leaks import restated
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.triplet import Triplet, classes_of, words_of
 from dhrd_plugin.data.triplets import read_triplets
-from dhrd_plugin.errors import UserError, one_line, tell
+from dhrd_plugin.errors import UserError, tell, user_errors
 from dhrd_plugin.teacher.endpoint import Endpoint, Unanswered, find_key
 from dhrd_plugin.teacher.log import RowLog, fingerprint, is_open, known, read_log, rejected
-from dhrd_plugin.teacher.prompt import build_prompt, check_answer, kinds, read_label, read_prompt, split_answer
+from dhrd_plugin.teacher.prompt import (
+    build_prompt,
+    check_answer,
+    kinds,
+    no_label,
+    read_label,
+    read_prompt,
+    split_answer,
+)
 
 
 @dataclass
@@ -95,24 +104,39 @@ class Run:
         self.signal = signum
 
     async def ask_row(self, triplet: Triplet) -> None:
-        """Ask for one row, as often as it has votes, and write the outcome."""
-        used: Counter[str] = Counter()
-        text, reason, usable = None, None, list[str]()
-        for vote in range(max(1, self.votes)):
-            text, reason, stopped = await self.ask_until_usable(triplet, used)
-            if stopped or (self.signal and vote + 1 < self.votes):
-                return  # the next start asks
-            if text is None:
-                break
-            usable += [text] if reason is None else []
-        made = {'model': self.endpoint.model, 'attempts': used['attempts'], 'prompt_tokens': used['in']}
-        made |= {'completion_tokens': used['out'], 'input': fingerprint(triplet, self.votes)}
-        if usable and text is not None:
-            self.output.append({'idx': triplet['id'], **self.outcome(triplet, usable), **made})
-        else:
-            reject = {'idx': triplet['id'], 'reason': reason, 'unanswered': text is None, 'answer': text}
-            self.rejects.append({**reject, **made})
-        self.silent = self.silent + 1 if text is None else 0
+        """Ask for one row, as often as it has votes, and write the outcome; whatever ends it, no vote is lost."""
+        begun = self.begun(triplet)
+        votes: list[str | None] = list(begun.get('votes_so_far', ()))  # None: an answer that counts for no label
+        used = Counter({key: begun.get(key, 0) for key in ('attempts', 'prompt_tokens', 'completion_tokens')})
+        wanted, text, reason, missing = max(1, self.votes), None, None, 'stopped'
+        try:
+            while len(votes) < wanted and not self.signal:
+                text, reason, stopped = await self.ask_until_usable(triplet, used)
+                if stopped:
+                    break
+                if text is None:
+                    missing, self.silent = reason, self.silent + 1
+                    break
+                votes.append(text if reason is None else None)
+                self.silent = 0
+        finally:
+            made = {'model': self.endpoint.model, **used, 'input': fingerprint(triplet, self.votes)}
+            usable = [vote for vote in votes if vote is not None]
+            if len(votes) < wanted:
+                if votes or missing != 'stopped':  # else there is nothing to keep
+                    reject = {'idx': triplet['id'], 'reason': missing, 'unanswered': True, 'answer': None}
+                    self.rejects.append({**reject, **made, **({'votes_so_far': votes} if votes else {})})
+            elif usable:
+                self.output.append({'idx': triplet['id'], **self.outcome(triplet, usable), **made})
+            else:
+                reject = {'idx': triplet['id'], 'reason': reason, 'unanswered': False, 'answer': text}
+                self.rejects.append({**reject, **made})
+
+    def begun(self, triplet: Triplet) -> Mapping[str, Any]:
+        """What an earlier start kept of a row's votes by this model; empty without any."""
+        row = self.rejects.rows.get(triplet['id'], {})
+        same = row.get('model') == self.endpoint.model and row.get('input') == fingerprint(triplet, self.votes)
+        return row if same and row.get('votes_so_far') else {}
 
     def outcome(self, triplet: Triplet, texts: Sequence[str]) -> dict[str, Any]:
         """The rationale; of blind votes, the shares of the labels, and the rationales that end in the row's own."""
@@ -149,14 +173,14 @@ class Run:
             reply = await self.endpoint.ask(build_prompt(triplet, self.template))
         except Unanswered as error:
             return None, str(error), error.again
-        tokens = {'in': reply.prompt_tokens or 0, 'out': reply.completion_tokens or 0}
-        used.update(tokens)
-        self.tokens.update(tokens, uncounted=reply.completion_tokens is None)
+        tokens_in, tokens_out = reply.prompt_tokens or 0, reply.completion_tokens or 0
+        used.update(prompt_tokens=tokens_in, completion_tokens=tokens_out)
+        self.tokens.update({'in': tokens_in, 'out': tokens_out}, uncounted=reply.completion_tokens is None)
         if self.votes:
             reason = check_answer(reply.text, reply.finish_reason, ())
             answer = split_answer(reply.text)[1]
             if reason is None and read_label(answer, self.answers) is None:
-                reason = f'answers with no label: {one_line(answer, 80)!r}'
+                reason = no_label(answer)
         else:
             reason = check_answer(reply.text, reply.finish_reason, words_of(triplet), sum(others, ()))
         return reply.text, reason, reason is not None
@@ -208,10 +232,13 @@ def summarise(work: Run, total: int, before: int, args: argparse.Namespace) -> i
     left = {idx: row for idx, row in rejects.rows.items() if idx not in output.rows}
     aside = [row['reason'] for row in left.values() if not row['unanswered']]
     silent = [row['reason'] for row in left.values() if row['unanswered']]
+    kept = sum(len(row.get('votes_so_far', ())) for row in left.values())
     if aside:
         print(f'{rejects.path}: set aside {len(aside):,} ({kinds(aside)}); --retry-rejects asks again')
     if silent:
         print(f'{rejects.path}: no answer to {len(silent):,} ({kinds(silent)}); the same command asks again')
+    if kept:
+        print(f'{rejects.path}: {kept:,} votes of rows that lack some; the same command asks for the others')
     print(f'tokens: {work.tokens["in"]:,} in, {work.tokens["out"]:,} out{cost(work.tokens, args)}')
     if work.tokens['uncounted']:
         print(f'{work.tokens["uncounted"]:,} answers came without a count of their tokens')
@@ -245,8 +272,9 @@ def generate(args: argparse.Namespace) -> int:
                 raise UserError(f'{args.input}, row {row["id"]}, field {task.label}: is missing; --blind needs none')
             yield row
 
-    def aside(rejects: Mapping[str, dict[str, Any]]) -> set[str]:
-        return set() if args.retry_rejects else {idx for idx, row in rejects.items() if not row['unanswered']}
+    def aside(rejects: Mapping[str, dict[str, Any]]) -> dict[str, str | None]:
+        kept = {} if args.retry_rejects else rejects
+        return {idx: row.get('input') for idx, row in kept.items() if not row['unanswered']}
 
     if args.dry_run:
         done, skip = read_log(args.output, known)[0], aside(read_log(rejects_path, rejected)[0])
@@ -336,6 +364,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.base_url = args.base_url or os.environ.get('OPENAI_BASE_URL') or None
     if args.base_url and not re.match(r'https?://[^/]', args.base_url):
         raise UserError(f'--base-url {args.base_url}: expected an address that begins with http:// or https://')
+    with user_errors(f'--base-url {args.base_url}', ValueError):
+        urlsplit(args.base_url or '').port  # noqa: B018  it is refused where it is no number, and so are half brackets
     if args.votes > 1 and not args.blind:
         raise UserError(f'--votes: found {args.votes} without --blind; a teacher that is shown the label votes for it')
     args.votes = args.votes if args.blind else 0

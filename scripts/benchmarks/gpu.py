@@ -16,7 +16,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.table import spell
 from dhrd_plugin.cli import Parser, number, run
+from dhrd_plugin.errors import UserError, nearest, user_errors
 
 TESTS = Path(__file__).resolve().parents[2] / 'tests'
 # NVML is asked whether there is a GPU: a process that asked CUDA itself cannot be forked.
@@ -54,25 +56,28 @@ def _main(args: Any) -> int:
     sys.path[:0] = [str(TESTS)]
     common, sections = import_module('gpu.common'), import_module('gpu.sections')
     common.OUTPUT['path'] = args.output.resolve()
+    asked = [args.section] if args.section else [name for name in args.only.split(',') if name]
+    for name in asked:  # before anything is run
+        if name not in common.SECTIONS:
+            raise UserError(f'--only: found no section {name!r}; {nearest(name, sections.ORDER)}')
     if args.section:
         return _section(common, args.section, common.SECTIONS[args.section][1])
-    chosen = [name for name in args.only.split(',') if name] or list(sections.ORDER)
-    for name in chosen:
-        common.SECTIONS[name]  # before anything is run
+    os.environ[common.RUN] = f'{time.strftime("%Y-%m-%d %H:%M:%S")} {os.getpid()}'
     failed = 0
+    chosen = asked or list(sections.ORDER)
     for _, names in groupby(enumerate(chosen), lambda item: item[0] if common.SECTIONS[item[1]][2] else -1):
         failed += _together(common, [name for _, name in names], end, args)
-    if not failed:
-        print(table(read(args.output)))
-    return 0
+    print(table(read(args.output)))
+    return int(failed > 0)
 
 
 def _together(common: Any, names: Sequence[str], end: float, args: Any) -> int:
-    """Run sections at once, each in a process of its own, which ends at its limit or at the end of all."""
+    """Run sections at once, each in a process of its own, until its limit or the end of all; how many failed."""
     begun, failed = {}, 0
     for name in names:
         if end - time.time() < 5:
             common.emit('section', name=name, error='no time left')
+            failed += 1
             continue
         limit = min(common.SECTIONS[name][1] * (5 if common.TINY else 1), end - time.time())
         begun[_fork(common, name, limit, args, len(names))] = name, time.time(), time.time() + limit
@@ -88,7 +93,8 @@ def _together(common: Any, names: Sequence[str], end: float, args: Any) -> int:
             with suppress(ProcessLookupError):  # what it leaves behind
                 os.killpg(pid, signal.SIGKILL)
             del begun[pid]
-            how = {'error': f'killed after {time.time() - start:.0f} s'} if late else {'status': status}
+            how = {'error': f'killed after {time.time() - start:.0f} s'}
+            how = how if late else {'status': os.waitstatus_to_exitcode(status)}
             common.emit('section', name=name, seconds=round(time.time() - start, 1), **how)
             failed += late or status != 0
         time.sleep(0.05)
@@ -130,12 +136,13 @@ def _section(common: Any, name: str, limit: float) -> int:
 
 
 def read(path: Path) -> list[Line]:
-    """Read the lines of a file of results; one that was being written when the machine went is left out."""
-    found = []
-    for text in path.read_text().splitlines():
-        with suppress(ValueError):
-            found.append(json.loads(text))
-    return found
+    """Read the lines of the last run in a file; one that was being written when the machine went is left out."""
+    found: list[Line] = []
+    with user_errors(path, OSError):
+        for text in path.read_text().splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(text))
+    return [line for line in found if line.get('run') == found[-1].get('run')]
 
 
 def table(lines: Sequence[Line]) -> str:
@@ -155,8 +162,14 @@ def table(lines: Sequence[Line]) -> str:
     others = [line for line in lines if line not in steps and line['section'] not in ('env', 'section')]
     for name, found in groupby(sorted(others, key=lambda line: line['section']), lambda line: line['section']):
         parts.append(f'### {name}\n\n' + '\n'.join(_plain(list(found))))
-    ended = [f'{line["name"]} {line.get("seconds", 0)} s' for line in lines if line['section'] == 'section']
+    ended = [_ended(line) for line in lines if line['section'] == 'section']
     return '\n\n'.join([*parts, 'Sections: ' + ', '.join(ended)])
+
+
+def _ended(line: Line) -> str:
+    status = line.get('status', 0)
+    how = line.get('error') or (f'exit status {status}' if status else '')
+    return f'{line["name"]} {line.get("seconds", 0)} s' + (f' (**{how}**)' if how else '')
 
 
 def bars(lines: Sequence[Line]) -> list[list[str]]:
@@ -196,7 +209,7 @@ def bars(lines: Sequence[Line]) -> list[list[str]]:
         [
             what,
             f'at {"least" if more else "most"} {bar:g}',
-            _number(value),
+            spell(value),
             '' if value is None else _met(value, bar, more),
         ]
         for what, bar, value, more in found
@@ -221,18 +234,14 @@ def _machine(lines: Sequence[Line]) -> str:
 def _step(line: Line) -> list[str]:
     way = line['way'] + ('' if line.get('reasoning', True) else ', no reasoning loss')
     mfu = f'{100 * line["mfu"]:.1f} %' if 'mfu' in line else ''
-    numbers = [_number(line.get(key)) for key in ('rows', 'ms', 'rows_s', 'tokens_s')]
-    return [line['model'], line['precision'], line['trained'], way, *numbers, mfu, _number(line.get('peak_mib'))]
+    numbers = [spell(line.get(key)) for key in ('rows', 'ms', 'rows_s', 'tokens_s')]
+    return [line['model'], line['precision'], line['trained'], way, *numbers, mfu, spell(line.get('peak_mib'))]
 
 
 def _plain(lines: Sequence[Line]) -> Iterator[str]:
     """One table of lines of the same keys after the other."""
-    for keys, found in groupby(lines, lambda line: [key for key in line if key not in ('section', 'where', 'losses')]):
-        cells = [[_number(line[key]) for key in keys] for line in found]
+    for keys, found in groupby(
+        lines, lambda line: [key for key in line if key not in ('section', 'run', 'where', 'losses')]
+    ):
+        cells = [[spell(line[key]) for key in keys] for line in found]
         yield tabulate(cells, keys, tablefmt='github', disable_numparse=True) + '\n'
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return '' if value is None else str(value)
-    return f'{value:,.0f}' if abs(value) >= 1000 or isinstance(value, int) else f'{value:.3g}'

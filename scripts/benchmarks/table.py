@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from tabulate import tabulate
@@ -110,11 +111,14 @@ def _heading(report: Mapping[str, Any]) -> str:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     if not row['repetitions']:
         return [row['what'], '-', '', '', '', '']
-    spread = ' to '.join(_number(value) for value in row['spread']) if row['repetitions'] > 1 else ''
-    ratio = f'{_number(row["ratio"])} x {row["against"]}' if 'ratio' in row else ''
+    spread = ' to '.join(spell(value) for value in row['spread']) if row['repetitions'] > 1 else ''
+    ratio = f'{spell(row["ratio"])} x {row["against"]}' if 'ratio' in row else ''
     met = '' if 'met' not in row else 'yes' if row['met'] else f'no, by {100 * row["missed_by"]:.3g} %'
-    return [row['what'], f'{_number(row["median"])} {row["unit"]}'.strip(), spread, ratio, row.get('bar', ''), met]
+    return [row['what'], f'{spell(row["median"])} {row["unit"]}'.strip(), spread, ratio, row.get('bar', ''), met]
 
 
-def _number(value: float) -> str:
-    return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.3g}'
+def spell(value: Any) -> str:
+    """A cell: a number of three digits, from a thousand on with commas and whole; what is no number as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return '' if value is None else str(value)
+    return f'{value:,.0f}' if abs(float(value)) >= 1000 or isinstance(value, Integral) else f'{value:.3g}'

@@ -12,7 +12,7 @@ import torch
 from benchmarks import main as benchmark
 from benchmarks.measure import describe_machine, interleave, peak_memory, percentile, quartiles, ratios
 from benchmarks.options import Options
-from benchmarks.table import _number, make_report, make_row, render
+from benchmarks.table import make_report, make_row, render, spell
 
 
 def test_repetitions_take_turns():
@@ -128,8 +128,8 @@ def test_the_figures_of_the_readme_are_those_of_the_reports():
     rows = [row for report in reports for row in report['rows'] if row['repetitions']]
     pairs = [(row['median'], row['spread']) for row in rows]
     pairs += [(row['ratio'], row['ratio_spread']) for row in rows if 'ratio' in row]
-    found = {f'{_number(median)} ({_number(low)} to {_number(high)})' for median, (low, high) in pairs}
-    found |= {_number(median) for median, _ in pairs}
+    found = {f'{spell(median)} ({spell(low)} to {spell(high)})' for median, (low, high) in pairs}
+    found |= {spell(median) for median, _ in pairs}
     said = [re.sub(' [x%]', '', text) for text in re.findall(r'\*\*([-0-9].*?)\*\*', README.read_text())]
     assert len(said) >= 15 and set(said) <= found
 

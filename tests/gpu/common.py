@@ -39,6 +39,7 @@ MIB = 2**20
 SECTIONS = {}  # name: (function, seconds, alone)
 LINES = []  # what this process has found
 OUTPUT = {'path': None}  # the file that lines are added to
+RUN = 'GPU_CHECK_RUN'  # the variable that names the run in each line: a file may hold several
 
 
 def section(seconds, alone=True):
@@ -53,7 +54,8 @@ def section(seconds, alone=True):
 
 def emit(name, /, **found):
     """Write a line of JSON, at once: to stdout and to the file of results."""
-    line = {'section': name, **{key: _short(value) for key, value in found.items()}}
+    run_id = {'run': os.environ[RUN]} if RUN in os.environ else {}
+    line = {'section': name, **run_id, **{key: _short(value) for key, value in found.items()}}
     LINES.append(line)
     text = json.dumps(line, default=str) + '\n'
     if OUTPUT['path']:

@@ -34,13 +34,13 @@ def test_fp32_is_that_of_the_cpu_and_every_way_is_as_near_in_bf16_as_padding(sec
 
 def test_the_chunked_loss_is_that_of_full_logits_and_holds_a_tenth_of_them():
     for line in lines_of(parity.loss_memory):
-        full = next(other for other in parity_lines('full logits', line['head_trained']))
+        full = next(other for other in loss_lines('full logits', line['head_trained']))
         assert line['loss'] == pytest.approx(full['loss'], rel=1e-3)
         if line['way'] == 'chunks of 1024':  # as by default; a trained head's gradient is summed up in fp32
             assert line['of_full'] < (0.15 if line['head_trained'] else 0.1), line
 
 
-def parity_lines(way, trained):
+def loss_lines(way, trained):
     from gpu.common import LINES
 
     return [x for x in LINES if x['section'] == 'loss_memory' and (x['way'], x['head_trained']) == (way, trained)]

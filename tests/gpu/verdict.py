@@ -6,14 +6,16 @@
 The first stage runs esnli_lr.yaml and chooses each arm's learning rate, that of the best mean over the seeds on the dev
 rows; the second runs esnli.yaml with these. Other plans run as they are. OUT/NAME holds a comparison's plan and
 results, which ``dhrd compare --report`` reads. Unlike there, exports are evaluated in TF32, and no picture of them is
-drawn. Each comparison ends when its seconds are over; cells come one seed of all arms after another. Overrides are
-those of ``dhrd compare``, for all of them; ``tasks.*`` stands for each task.
+drawn. Each comparison ends when its seconds are over; cells come one seed of all arms after another. What OUT holds
+of a comparison is not run again, and refused where it was run with other settings. Overrides are those of
+``dhrd compare``, for all of them; ``tasks.*`` stands for each task.
 """
 
 import argparse
 import contextlib
 import gc
 import io
+import json
 import multiprocessing
 import os
 import queue
@@ -70,7 +72,7 @@ def parse_args() -> argparse.Namespace:
 def run_stage(args: Any, name: str, overrides: list[str], seconds: float, todo: Any, done: Any, workers: Any) -> Any:
     """Hand out the cells of a comparison, and keep what comes back until the time is over. Returns the comparison."""
     end = time.monotonic() + seconds
-    from dhrd_plugin.comparison.cells import _append
+    from dhrd_plugin.comparison.cells import append, cells_done
     from dhrd_plugin.comparison.plan import build_cells, load_comparison, write_plan
     from dhrd_plugin.comparison.results import RESULTS
     from dhrd_plugin.models.pretrained import resolve
@@ -79,11 +81,12 @@ def run_stage(args: Any, name: str, overrides: list[str], seconds: float, todo: 
     tasks = list(load_comparison(path).tasks)
     overrides = [found for override in overrides for found in spread(override, tasks)]
     comparison = load_comparison(path, [*overrides, f'output_dir={args.out / name}'])
+    cells = build_cells(comparison, path)
+    there = cells_done(args.out / name / RESULTS, cells)
     write_plan(comparison)
-    print(f'{name}: {" ".join(overrides)}', flush=True)
-    keys = [(t, a, s) for s in comparison.seeds for t in comparison.tasks for a in comparison.arms]
-    model = build_cells(comparison, path, only=keys[0])[0].config.model
-    resolve(model.pretrained_model_name_or_path)  # converts a package's weights: once, not in every worker
+    print(f'{name}: {" ".join(overrides)}; {len(there)} of {len(cells)} cells are there', flush=True)
+    resolve(cells[0].config.model.pretrained_model_name_or_path)  # converts a package's weights: not in every worker
+    keys = [cell.key for cell in cells if cell.key not in there]
     for key in keys:
         todo.put((name, str(path), overrides, key))
     left = set(keys)
@@ -95,7 +98,7 @@ def run_stage(args: Any, name: str, overrides: list[str], seconds: float, todo: 
         if isinstance(found, str):
             print(f'{stage} {" ".join(map(str, key))}: failed\n{found}', flush=True)
         else:
-            _append(args.out / stage / RESULTS, found)
+            append(args.out / stage / RESULTS, found)
             scores = ', '.join(f'{record["split"]} {score(record):.4f}' for record in found)
             took = ', '.join(f'{part} {value:.1f}' for part, value in took.items())
             print(f'{stage} {" ".join(map(str, key))}: {scores}; seconds: {took}', flush=True)
@@ -176,7 +179,7 @@ def work(todo: Any, done: Any, scratch: Path, port: int) -> None:
                 shutil.rmtree(cell.folder, ignore_errors=True)
                 cells.run_cell(cell)
                 found: Any = cells.read_cell(cell)
-                seconds = cells._read_json(cell.folder / cells.SUMMARY)['seconds']
+                seconds = json.loads((cell.folder / cells.SUMMARY).read_text())['seconds']
                 shutil.rmtree(cell.folder / EXPORT)
             took = {**seconds, 'all': time.monotonic() - start}
         except (Exception, SystemExit):
@@ -188,4 +191,6 @@ def work(todo: Any, done: Any, scratch: Path, port: int) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    from dhrd_plugin.cli import run
+
+    sys.exit(run(main))

