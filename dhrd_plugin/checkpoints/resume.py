@@ -61,11 +61,33 @@ def restore(trainer: Trainer, checkpoint: str | None, save_folder: str | None, s
         for metric in metrics.values():
             if metric._computed is None:
                 metric.reset()  # Composer counts it as updated, though there was no evaluation before
+    if trainer.state.timestamp.batch > 0:
+        _set_hyperparameters(trainer.state)
     if checkpoint is not None and not parse_uri(checkpoint)[0] and dist.get_global_rank() == 0:
         # Those to delete when there are more than save_num_checkpoints_to_keep; oldest first.
         earlier = list_checkpoints(str(save_folder), sharded)
         earlier = earlier[earlier.index(checkpoint) :][::-1]
         trainer.saved_checkpoints[:] = [f'{path}/{INDEX}' if sharded else path for path in earlier]
+
+
+def _set_hyperparameters(state: State) -> None:
+    """Give optimizers and schedulers the run's own arguments; those of the checkpoint came with their state.
+
+    Where the learning rate is as it was, the next step has the very one that the checkpoint holds.
+    """
+    for optimizer in state.optimizers:
+        own = getattr(optimizer, 'base_optimizer', optimizer).defaults  # of Composer's SAM
+        own = {**own, 'initial_lr': own['lr']}
+        for group in optimizer.param_groups:
+            group.update({name: value for name, value in own.items() if name in group})
+        schedulers: list[Any] = list(state.schedulers)  # LambdaLR, which Composer makes of its own kind
+        for scheduler in schedulers:
+            rates = [own['lr']] * len(optimizer.param_groups)
+            if scheduler.base_lrs != rates or not scheduler.last_epoch:  # another one, or none before
+                scheduler.base_lrs = rates
+                scheduler._last_lr = [rate * factor(0) for rate, factor in zip(rates, scheduler.lr_lambdas)]
+            for group, rate in zip(optimizer.param_groups, scheduler._last_lr):
+                group['lr'] = rate
 
 
 class RestoreRNG(Callback):

@@ -256,6 +256,49 @@ def shards(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize('autoresume', [True, False])
+def test_a_folder_of_the_other_kind_is_no_new_one(shards, autoresume):
+    with pytest.raises(UserError, match=': found checkpoints in shards, and this run saves files'):
+        find_checkpoint(str(shards.parent), sharded=False, autoresume=autoresume)
+    assert find_checkpoint(str(shards.parent), sharded=False, autoresume=True, save_overwrite=True) is None
+    (shards.parent / 'ep0-ba9-rank0.pt').touch()
+    assert find_checkpoint(str(shards.parent), sharded=True, autoresume=True) == str(shards)
+    shutil.rmtree(shards)
+    with pytest.raises(UserError, match='found checkpoints in files, and this run saves shards'):
+        find_checkpoint(str(shards.parent), sharded=True, autoresume=autoresume)
+
+
+@pytest.mark.parametrize('own', [True, False])
+def test_each_ranks_log_is_set_aside_once(tmp_path, monkeypatch, own):
+    logs = [tmp_path / f'log-rank{rank if own else 0}.txt' for rank in (0, 1)]
+    for number, log in enumerate(dict.fromkeys(logs)):
+        log.write_text(f'{number}')
+    monkeypatch.setattr(dist, 'all_gather_object', lambda log: logs)
+    for rank, log in enumerate(logs):
+        monkeypatch.setattr(dist, 'get_global_rank', lambda rank=rank: rank)
+        set_log_aside(log)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ['log-rank0.1.txt', 'log-rank1.1.txt'][: 2 if own else 1]
+
+
+STOPPER = ('callbacks.early_stopper={monitor: MulticlassAccuracy, dataloader_label: validation, patience: 4ba}',)
+AT_REST = ('optimizer.lr=1e-9', 'scheduler=null', 'eval_interval=2ba', 'save_interval=2ba', 'max_duration=14ba')
+
+
+def test_a_run_that_stopped_early_stays_stopped_unless_it_is_to_be_more_patient(yaml, tmp_path, monkeypatch):
+    steps = []
+    for more in ((), (), ('callbacks.early_stopper.patience=8ba',)):
+        trainer = run(yaml, tmp_path, *AT_REST, *STOPPER, *more)
+        steps.append(int(trainer.state.timestamp.batch))
+        trainer.close()
+    assert steps == [8, 8, 12]
+
+
+def test_a_run_that_goes_on_stops_where_it_would_have_stopped(yaml, tmp_path, monkeypatch):
+    stop(yaml, tmp_path, 5, monkeypatch, *AT_REST, *STOPPER)
+    assert run(yaml, tmp_path, *AT_REST, *STOPPER).state.timestamp.batch == 8
+
+
 @pytest.mark.parametrize('damage', [None, cut_short, half, empty, 'flip', 'index', 'shard'])
 def test_shards_are_verified_by_their_index(shards, damage):
     (shard,) = shards.glob('*.distcp')
