@@ -10,7 +10,14 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, parse_uri, reproducibility
 
-from dhrd_plugin.checkpoints.whole import INDEX, check_checkpoint, check_unused, list_checkpoints, newest_checkpoint
+from dhrd_plugin.checkpoints.whole import (
+    INDEX,
+    check_checkpoint,
+    check_kind,
+    check_unused,
+    list_checkpoints,
+    newest_checkpoint,
+)
 
 
 def find_checkpoint(
@@ -36,6 +43,8 @@ def find_checkpoint(
             found = newest_checkpoint(save_folder, sharded)
             if found is not None:
                 return found
+            if not save_overwrite:
+                check_kind(save_folder, sharded)
         elif load_path is None and not save_overwrite:
             check_unused(save_folder, sharded)
     if load_path is not None:

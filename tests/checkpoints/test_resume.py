@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.utils import dist
 from forks import Popen
 from runs import BATCH, EPOCH, STEPS, RowRecorder, finish, kill, launch, losses, outcome, rows_read, wait_for, write_run
 
 import dhrd_plugin.training.run
 from dhrd_plugin import load_config, train
 from dhrd_plugin.checkpoints.read import describe_checkpoint
+from dhrd_plugin.checkpoints.resume import find_checkpoint, set_log_aside
 from dhrd_plugin.checkpoints.same import differences
 from dhrd_plugin.checkpoints.whole import find_flaw, list_checkpoints, newest_checkpoint
 from dhrd_plugin.errors import UserError
@@ -173,6 +175,40 @@ def test_from_one_rank_to_two_and_back_every_row_is_read_once_an_epoch(yaml, str
     found = outcome(tmp_path / 'out')['summary']
     expected = straight()[1]['summary']
     assert {**found, 'metrics': None} == {**expected, 'metrics': None}
+
+
+class Hyperparameters(RowRecorder):
+    """Notes what each step is taken with."""
+
+    noted: dict[int, dict] = {}
+
+    def after_train_batch(self, state, logger):
+        (group,) = state.optimizers[0].param_groups
+        self.noted[int(state.timestamp.batch)] = {key: group[key] for key in ('lr', 'weight_decay')}
+
+
+Hyperparameters.__qualname__ = RowRecorder.__qualname__
+
+
+def test_a_run_that_goes_on_has_the_hyperparameters_of_its_own_config(yaml, tmp_path, monkeypatch):
+    monkeypatch.setattr(dhrd_plugin.training.run, 'TokenCounter', Hyperparameters)
+
+    def steps(name, *overrides):
+        monkeypatch.setattr(Hyperparameters, 'noted', {})
+        (tmp_path / name).mkdir(exist_ok=True)
+        run(yaml, tmp_path / name, 'max_duration=8ba', 'save_interval=4ba', *overrides)
+        return Hyperparameters.noted
+
+    first = steps('first')
+    for name in ('rate', 'constant'):
+        keep(tmp_path / 'first', tmp_path / name, 4)
+    rate = steps('rate', 'optimizer.lr=1e-3', 'optimizer.weight_decay=0.3')
+    assert list(rate) == [4, 5, 6, 7] and all(found['weight_decay'] == 0.3 for found in rate.values())
+    for step in (5, 6, 7):
+        assert 3 * rate[step]['lr'] == pytest.approx(first[step]['lr'])
+    assert 3 * rate[4]['lr'] == pytest.approx(first[5]['lr'])  # Composer's schedulers are a step behind
+    constant = steps('constant', 'scheduler=null')
+    assert {step: found['lr'] for step, found in constant.items()} == dict.fromkeys((4, 5, 6, 7), 3e-3)
 
 
 # ------------------------------------------------------------------------------ damaged checkpoints
