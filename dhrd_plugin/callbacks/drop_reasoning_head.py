@@ -37,7 +37,7 @@ from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier, descri
 from dhrd_plugin.problem_type import is_known
 from dhrd_plugin.ranks import gather, on_rank_zero
 from dhrd_plugin.streams.remote import check_address
-from dhrd_plugin.times import parse_time
+from dhrd_plugin.times import parse_interval
 
 HeldOut = tuple[Tensor, Tensor]  # logits [N, K] and labels [N], of several labels [N, K]
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class DropReasoningHead(Callback):
         self._measured: dict[str, int] = {}  # the batch of each evaluation set's metrics
         self._due = None
         if every is not None:
-            interval = parse_time(every, 'drop_reasoning_head.every')
+            interval = parse_interval(every, 'drop_reasoning_head.every')
             self._due = create_interval_scheduler(interval, include_end_of_training=False)
         self._targets = [RemoteTarget(remote)] if remote else []
         self._targets += [HubTarget(push_to_hub, private)] if push_to_hub else []
