@@ -53,8 +53,12 @@ def find_checkpoint(
 
 
 def set_log_aside(log: Path | None) -> None:
-    """Rename the log of the run that ended, ``log.txt`` to ``log.1.txt``: Composer's FileLogger writes over it."""
-    if log is None or dist.get_global_rank() != 0:
+    """Rename the log of the run that ended, ``log.txt`` to ``log.1.txt``: Composer's FileLogger writes over it.
+
+    Every rank must call it, with its own log; of those with the same one, the first renames.
+    """
+    logs = dist.all_gather_object(log)
+    if log is None or logs.index(log) != dist.get_global_rank():
         return
     aside = (log.with_suffix(f'.{number}{log.suffix}') for number in itertools.count(1))
     if log.exists():
