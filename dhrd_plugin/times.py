@@ -25,3 +25,15 @@ def parse_time(text: Any, key: str, least: float = 0) -> Any:
     if not least <= time.value < float('inf'):
         raise UserError(f'{key}: found {text!r}; expected a time of {least} or more')
     return time
+
+
+def parse_interval(text: Any, key: str) -> Any:
+    """As :func:`parse_time`, of what happens again and again; ``0ba`` and ``0ep`` are never.
+
+    Raises:
+        UserError: besides, it is ``0dur``, by which Composer divides.
+    """
+    time = parse_time(text, key)
+    if time.unit.value == 'dur' and not time.value:
+        raise UserError(f"{key}: found {text!r}; expected a share of the run, as '0.1dur', or '0ep' for never")
+    return time

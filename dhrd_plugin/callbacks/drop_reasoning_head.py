@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier, descri
 from dhrd_plugin.problem_type import is_known
 from dhrd_plugin.ranks import gather, on_rank_zero
 from dhrd_plugin.streams.remote import check_address
-from dhrd_plugin.times import parse_time
+from dhrd_plugin.times import parse_interval
 
 HeldOut = tuple[Tensor, Tensor]  # logits [N, K] and labels [N], of several labels [N, K]
 log = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ class DropReasoningHead(Callback):
         self._measured: dict[str, int] = {}  # the batch of each evaluation set's metrics
         self._due = None
         if every is not None:
-            interval = parse_time(every, 'drop_reasoning_head.every')
+            interval = parse_interval(every, 'drop_reasoning_head.every')
             self._due = create_interval_scheduler(interval, include_end_of_training=False)
         self._targets = [RemoteTarget(remote)] if remote else []
         self._targets += [HubTarget(push_to_hub, private)] if push_to_hub else []
@@ -176,6 +177,7 @@ class DropReasoningHead(Callback):
         self._rows: list[Row] = []  # of an evaluation, this rank's first, to compare fp32 and int8 on
         self._rows_of = ''  # its evaluation set
         self._best: dict[str, Any] | None = None  # what is kept: metric, value, batch ...
+        self._runs: list[str] = []  # the ids of this process, last, and of those that it goes on from
         self._logits: list[HeldOut] = []  # of the evaluation that is running, this rank's
         self._held_out: HeldOut | None = None  # of the last one, all ranks'
 
@@ -221,6 +223,8 @@ class DropReasoningHead(Callback):
             on_rank_zero(lambda: [target.check() for target in self._targets] and None)
         if self.monitor:
             self._best = on_rank_zero(lambda: self._find_best(state))
+        self._name_run(state)
+        if self.monitor:
             self._keep_if_best(state)  # of an evaluation before the first step
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
@@ -270,7 +274,9 @@ class DropReasoningHead(Callback):
                     target.upload(out, lambda name: self._named(name, state))
 
         def write_best() -> bool:
-            write(**read_kept(self._best_path(state)))
+            kept = read_kept(self._best_path(state))
+            del kept['run']
+            write(**kept)
             return self._best['calibrated']  # pyright: ignore[reportOptionalSubscript]
 
         if self._best is not None:
@@ -303,7 +309,8 @@ class DropReasoningHead(Callback):
         with _averaged_weights(state):
             weights = _gather_network_state(state.model)
             path = self._best_path(state)
-            on_rank_zero(lambda: keep(path, weights, best=best, metrics=metrics, held_out=held_out))
+            facts = {'run': self._runs[-1], 'best': best, 'metrics': metrics, 'held_out': held_out}
+            on_rank_zero(lambda: keep(path, weights, **facts))
         self._best = best
 
     def _no_number(self) -> str:
@@ -315,14 +322,35 @@ class DropReasoningHead(Callback):
     def _find_best(self, state: State) -> dict[str, Any] | None:
         """What a run that is resumed has kept; what an earlier run left is removed."""
         path = self._best_path(state)
-        best = read_kept(path)['best'] if path.exists() else None
-        if state.timestamp.batch == 0:
+        kept = read_kept(path) if path.exists() else None
+        batch = int(state.timestamp.batch)
+        if batch == 0:
             path.unlink(missing_ok=True)
             return None
-        if best and (best['metric'], best['dataloader_label']) == (self.monitor, self._label):
-            return best
-        log.warning('drop_reasoning_head.monitor: %s: not there; the best from here on is exported', path)
+        if kept and kept['run'] in self._runs and kept['best']['batch'] <= batch:
+            best = kept['best']
+            if (best['metric'], best['dataloader_label']) == (self.monitor, self._label):
+                return best
+        log.warning(
+            'drop_reasoning_head.monitor: %s: %s; the best from here on is exported',
+            path,
+            'of another run, or of a later batch' if kept else 'not there',
+        )
         return None
+
+    def _name_run(self, state: State) -> None:
+        """Give this process an id, which several of these share: Composer stores the state of one for them all."""
+        run = on_rank_zero(lambda: uuid.uuid4().hex)
+        longest = max((part._runs for part in state.callbacks if isinstance(part, DropReasoningHead)), key=len)
+        self._runs = longest if len(longest) > len(self._runs) else [*self._runs, run]
+
+    def state_dict(self) -> dict[str, Any]:
+        """By which runs the best weights may have been kept."""
+        return {'runs': self._runs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from another run, of which this is the same up to here."""
+        self._runs = list(state.get('runs', ()))
 
     def _best_path(self, state: State) -> Path:
         # A name that tells the time is that of the start.

@@ -1,4 +1,4 @@
-"""One run to a ``save_folder``."""
+"""One run to an ``output_dir`` and a ``save_folder``."""
 
 import fcntl
 import os
@@ -13,36 +13,37 @@ from dhrd_plugin.files import kept_parents
 from dhrd_plugin.ranks import on_rank_zero
 from dhrd_plugin.streams.remote import is_remote
 
-LOCK = '.lock'
+LOCK = '.run.lock'  # not that of a cache, by whose lock its folder is known
 PATIENCE = 30.0  # seconds; a rank whose launcher was killed saves a checkpoint before it ends
 
 
 @contextmanager
-def only_run(save_folder: str | None) -> Iterator[None]:
-    """Hold the lock of a folder of checkpoints until the end; every rank has to call it.
+def only_run(folder: str | None, key: str = 'save_folder') -> Iterator[None]:
+    """Hold the lock of a folder that a run writes to until the end; every rank has to call it.
 
     The lock is a record lock (``fcntl``): it goes with the process, be it killed, forked workers do not inherit it,
     and NFS knows it, so that runs on two machines meet. Object stores have no locks: there nothing is held, and two
     runs under one address are not told apart.
 
     Args:
-        save_folder: a folder, or an address. Default: ``None``, nothing is held.
+        folder: a folder, or an address; of ``None`` nothing is held.
+        key: of the config that names it, for the message.
 
     Raises:
         UserError: on every rank, where another run still holds it after 30 s.
     """
-    if save_folder is None or is_remote(save_folder):
+    if folder is None or is_remote(folder):
         yield
         return
     with ExitStack() as stack:
-        on_rank_zero(lambda: stack.enter_context(_held(Path(save_folder) / LOCK)))
+        on_rank_zero(lambda: stack.enter_context(_held(Path(folder) / LOCK, key)))
         yield
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
+def _held(path: Path, key: str) -> Iterator[None]:
     with kept_parents(path):
-        descriptor = _hold(path)
+        descriptor = _hold(path, key)
         try:
             yield
         finally:
@@ -50,7 +51,7 @@ def _held(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _hold(path: Path) -> int:
+def _hold(path: Path, key: str) -> int:
     """The descriptor of the lock's file; nothing else may open and close it here, which would free the lock."""
     deadline, waiting = time.monotonic() + PATIENCE, False
     while True:
@@ -65,7 +66,7 @@ def _hold(path: Path) -> int:
             holder = os.pread(descriptor, 200, 0).decode(errors='replace') or 'another process'
             if time.monotonic() > deadline:
                 raise UserError(
-                    f'save_folder: {path.parent}: is in use by another run, {holder}; expected a folder of its own'
+                    f'{key}: {path.parent}: is in use by another run, {holder}; expected a folder of its own'
                 ) from None
             if not waiting:
                 print(f'{path.parent}: in use by {holder}; waiting for it up to {PATIENCE:g} s', flush=True)

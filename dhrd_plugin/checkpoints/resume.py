@@ -10,7 +10,14 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, parse_uri, reproducibility
 
-from dhrd_plugin.checkpoints.whole import INDEX, check_checkpoint, check_unused, list_checkpoints, newest_checkpoint
+from dhrd_plugin.checkpoints.whole import (
+    INDEX,
+    check_checkpoint,
+    check_kind,
+    check_unused,
+    list_checkpoints,
+    newest_checkpoint,
+)
 
 
 def find_checkpoint(
@@ -36,6 +43,8 @@ def find_checkpoint(
             found = newest_checkpoint(save_folder, sharded)
             if found is not None:
                 return found
+            if not save_overwrite:
+                check_kind(save_folder, sharded)
         elif load_path is None and not save_overwrite:
             check_unused(save_folder, sharded)
     if load_path is not None:
@@ -44,8 +53,12 @@ def find_checkpoint(
 
 
 def set_log_aside(log: Path | None) -> None:
-    """Rename the log of the run that ended, ``log.txt`` to ``log.1.txt``: Composer's FileLogger writes over it."""
-    if log is None or dist.get_global_rank() != 0:
+    """Rename the log of the run that ended, ``log.txt`` to ``log.1.txt``: Composer's FileLogger writes over it.
+
+    Every rank must call it, with its own log; of those with the same one, the first renames.
+    """
+    logs = dist.all_gather_object(log)
+    if log is None or logs.index(log) != dist.get_global_rank():
         return
     aside = (log.with_suffix(f'.{number}{log.suffix}') for number in itertools.count(1))
     if log.exists():
@@ -61,11 +74,33 @@ def restore(trainer: Trainer, checkpoint: str | None, save_folder: str | None, s
         for metric in metrics.values():
             if metric._computed is None:
                 metric.reset()  # Composer counts it as updated, though there was no evaluation before
+    if trainer.state.timestamp.batch > 0:
+        _set_hyperparameters(trainer.state)
     if checkpoint is not None and not parse_uri(checkpoint)[0] and dist.get_global_rank() == 0:
         # Those to delete when there are more than save_num_checkpoints_to_keep; oldest first.
         earlier = list_checkpoints(str(save_folder), sharded)
         earlier = earlier[earlier.index(checkpoint) :][::-1]
         trainer.saved_checkpoints[:] = [f'{path}/{INDEX}' if sharded else path for path in earlier]
+
+
+def _set_hyperparameters(state: State) -> None:
+    """Give optimizers and schedulers the run's own arguments; those of the checkpoint came with their state.
+
+    Where the learning rate is as it was, the next step has the very one that the checkpoint holds.
+    """
+    for optimizer in state.optimizers:
+        own = getattr(optimizer, 'base_optimizer', optimizer).defaults  # of Composer's SAM
+        own = {**own, 'initial_lr': own['lr']}
+        for group in optimizer.param_groups:
+            group.update({name: value for name, value in own.items() if name in group})
+        schedulers: list[Any] = list(state.schedulers)  # LambdaLR, which Composer makes of its own kind
+        for scheduler in schedulers:
+            rates = [own['lr']] * len(optimizer.param_groups)
+            if scheduler.base_lrs != rates or not scheduler.last_epoch:  # another one, or none before
+                scheduler.base_lrs = rates
+                scheduler._last_lr = [rate * factor(0) for rate, factor in zip(rates, scheduler.lr_lambdas)]
+            for group, rate in zip(optimizer.param_groups, scheduler._last_lr):
+                group['lr'] = rate
 
 
 class RestoreRNG(Callback):

@@ -5,11 +5,13 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from omegaconf import OmegaConf
 from torch import nn
 
 from dhrd_plugin.checkpoints.read import Description, about, describe_checkpoint, plain_name
-from dhrd_plugin.errors import UserError, one_line
+from dhrd_plugin.errors import UserError, one_line, user_errors
 from dhrd_plugin.ranks import on_rank_zero
+from dhrd_plugin.streams.settings import WEIGHTS
 
 # Of a model's config: where it came from, and what it is called with. It is the same model with or without them.
 _NOT_THE_MODELS = {
@@ -26,14 +28,34 @@ _NOT_THE_MODELS = {
 }
 _NOT_THE_TOKENIZERS = ('tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
 _SETTINGS = ('label_names', 'multi_label', 'head', 'norm', 'pooling', 'lora', 'markers')
+# Of the YAML: what makes a run another one, be its weights of the same shapes. Schedules, the optimizer's arguments,
+# intervals, places and all that is only about speed may change on the way.
+_OF_THE_RUN = (
+    'seed',
+    'max_seq_len',
+    'global_train_batch_size',
+    'model.label_smoothing',
+    'model.class_weights',
+    'model.soft_label_weight',
+    'model.reasoning_targets',
+    'train_loader.layout',
+    'train_loader.weights',
+    'train_loader.rationale_max_tokens',
+    'train_loader.control',
+    'train_loader.shuffle',
+    'train_loader.shuffle_seed',
+)
+_REASONING = 'auxiliary_reasoning_loss'
+_REMEDY = 'gradient_clipping'  # may be added to a run whose loss was not finite
 
 
 def check_configuration(checkpoint: str, key: str, model: Any, optimizer: str, weights_only: bool = False) -> None:
     """Refuse a checkpoint of another configuration. Every rank has to call it; rank 0 reads.
 
     Label names, heads, adapters, markers, the backbone's config, the vocabulary and the shape of every weight
-    have to be those of the run; where it goes on from the checkpoint, so do the training rows, the optimizer's
-    class, the weights that it trains and the rates of dropout.
+    have to be those of the run; where it goes on from the checkpoint, so do the training rows and their mixture, the
+    seed, the losses, the algorithms, the batch size, the optimizer's class, the weights that it trains and the rates of
+    dropout.
 
     Args:
         checkpoint: as for :func:`~dhrd_plugin.checkpoints.read.read_checkpoint`; it has to be whole.
@@ -98,11 +120,37 @@ def _configuration(description: Description, weights_only: bool) -> dict[str, An
     if not weights_only:
         if 'dropout' in settings:
             fields['model.classifier_dropout'] = settings['dropout']
+        fields |= _of_the_run(settings.get('config'))
         if 'train_loader' in settings.get('data', {}):
             fields['train_loader (SHA-256 of its rows)'] = settings['data']['train_loader']
         known = {'optimizer': description.optimizer, 'trained weights': description.trained}
         fields |= {name: value for name, value in known.items() if value is not None}
     return json.loads(json.dumps(fields, default=str))
+
+
+def _of_the_run(text: str | None) -> dict[str, Any]:
+    """Of a run's YAML, what has to be the same where another goes on from it; by key."""
+    with user_errors('config'):
+        config: Any = OmegaConf.to_container(OmegaConf.create(text or ''))  # as it stands there, nothing resolved
+        found = {key: value for key in _OF_THE_RUN for value in _values(config, *key.split('.'))}
+        for streams in _values(config, 'train_loader', 'streams'):
+            weights = {name: {key: stream.get(key) for key in WEIGHTS} for name, stream in streams.items()}
+            found['train_loader.streams'] = weights
+        for algorithms in _values(config, 'algorithms'):
+            used = {name: kwargs for name, kwargs in (algorithms or {}).items() if kwargs is not None}
+            found['algorithms'] = sorted(used.keys() - {_REMEDY})
+            if _REASONING in used:
+                found[f'algorithms.{_REASONING}'] = {key: used[_REASONING].get(key, 1.0) for key in ('alpha', 'beta')}
+        return found
+
+
+def _values(config: Any, *keys: str) -> list[Any]:
+    """The value under a key, if there is one: an older version's config has fewer."""
+    for key in keys:
+        if key not in config:
+            return []
+        config = config[key]
+    return [config]
 
 
 def _is_a_rate(name: str) -> bool:

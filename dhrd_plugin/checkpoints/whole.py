@@ -69,11 +69,26 @@ def check_checkpoint(path: str, key: str = 'load_path') -> None:
 
 def check_unused(save_folder: str, sharded: bool = False) -> None:
     """Refuse a folder that holds checkpoints. Every rank must call it; rank 0 looks."""
+    check_kind(save_folder, sharded)
     if on_rank_zero(lambda: list_checkpoints(save_folder, sharded)):
         raise UserError(
             f'save_folder: {save_folder}: found checkpoints; expected autoresume=true to go on from them, '
             'save_overwrite=true, or another folder'
         )
+
+
+def check_kind(save_folder: str, sharded: bool = False) -> None:
+    """Refuse a folder that holds checkpoints of the other kind alone. Every rank must call it; rank 0 looks."""
+
+    def check() -> None:
+        if list_checkpoints(save_folder, not sharded) and not list_checkpoints(save_folder, sharded):
+            found, own = ('files', 'shards') if sharded else ('shards', 'files')
+            raise UserError(
+                f'save_folder: {save_folder}: found checkpoints in {found}, and this run saves {own}; expected '
+                'fsdp_config.state_dict_type as it was, save_overwrite=true, or another folder'
+            )
+
+    on_rank_zero(check)
 
 
 def list_checkpoints(save_folder: str, sharded: bool = False) -> list[str]:

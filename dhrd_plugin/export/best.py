@@ -11,7 +11,7 @@ from torch import Tensor
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.files import replacing
 
-_KEYS = {'best', 'metrics', 'held_out', 'weights'}
+_KEYS = {'run', 'best', 'metrics', 'held_out', 'weights'}
 
 
 def best_path(out: str | Path) -> Path:
@@ -33,23 +33,24 @@ def keep(path: Path, weights: Mapping[str, Tensor], **facts: Any) -> None:
     Args:
         path: of :func:`best_path`.
         weights: the network's whole state, on the CPU.
-        **facts: ``best`` (``metric``, ``dataloader_label``, ``value``, ``batch``, ``epoch``), ``metrics`` by evaluation
-            set and name, and ``held_out``, logits [N, K] and labels [N] to calibrate by, or ``None``.
+        **facts: ``run``, the id of the one that measured, ``best`` (``metric``, ``dataloader_label``, ``value``,
+            ``batch``, ``epoch``), ``metrics`` by evaluation set and name, and ``held_out``, logits [N, K] and labels
+            [N] to calibrate by, or ``None``.
     """
     with user_errors(path, RuntimeError), replacing(path) as file:
         torch.save({**facts, 'weights': dict(weights)}, file)
 
 
 def read_kept(path: Path) -> dict[str, Any]:
-    """What :func:`keep` wrote; the weights are read as they are used.
+    """What :func:`keep` wrote; the weights are read as they are used. An older version's is of the ``run`` ``None``.
 
     Raises:
         UserError: the file is of other making, or damaged.
     """
     try:
         kept = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        if isinstance(kept, dict) and set(kept) == _KEYS:
-            return kept
+        if isinstance(kept, dict) and set(kept) | {'run'} == _KEYS:
+            return {'run': None, **kept}
     except Exception as error:
         raise UserError(_strange(path)) from error
     raise UserError(_strange(path))

@@ -20,7 +20,7 @@ from dhrd_plugin.data.collator import Markers
 from dhrd_plugin.errors import UserError, nearest, user_errors
 from dhrd_plugin.models.build import PAPER_LORA
 from dhrd_plugin.redact import without_secrets
-from dhrd_plugin.times import parse_time
+from dhrd_plugin.times import parse_interval, parse_time
 from dhrd_plugin.training import registry
 
 PACKAGE = Path(__file__).parents[1]
@@ -419,7 +419,7 @@ def _check_values(config: Config, path: str) -> None:
                 f'{path}max_duration: found {config.max_duration!r}; expected epochs, batches, as 2ep, 40ba'
             )
     for key in ('eval_interval', 'save_interval', 'console_log_interval'):
-        parse_time(getattr(config, key), path + key)
+        parse_interval(getattr(config, key), path + key)
     size = config.device_train_microbatch_size
     if isinstance(size, str) and size != 'auto' and not (size.isdecimal() and int(size)):
         raise UserError(

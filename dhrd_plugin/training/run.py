@@ -57,13 +57,13 @@ def train(config: Config) -> Trainer:
 
     Raises:
         UserError: a mistake in the config or the data, before weights are touched; a place that may not or cannot be
-            written, or another run in ``save_folder``, before anything is read.
+            written, or another run in ``output_dir`` or ``save_folder``, before anything is read.
     """
     check_limits(config)
     task = load_task(config.task)
     dist.initialize_dist(get_device(config.device), config.dist_timeout)
     on_rank_zero(lambda: check_targets(config))
-    with only_run(save_folder(config)):
+    with only_run(config.output_dir, 'output_dir'), only_run(save_folder(config)):
         return _train(config, task)
 
 

@@ -15,6 +15,8 @@ from tiny import tiny_classifier, tiny_lm, tiny_tokenizer, triplet
 from torch.distributed import checkpoint as dcp
 
 from dhrd_plugin import load_config, train
+from dhrd_plugin.checkpoints.same import _compare, _of_the_run
+from dhrd_plugin.training.config import Config
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -261,6 +263,13 @@ OTHER_STATE = {
     'dropout': ('model.classifier_dropout=0.5', 'model.classifier_dropout: found 0.2; this run has 0.5'),
     'optimizer': ('optimizer.name=adam', 'optimizer: found AdamW; this run has Adam'),
     'rows': (other_rows, 'train_loader (SHA-256 of its rows): found'),
+    'seed': ('seed=18', 'seed: found 17; this run has 18'),
+    'arm': (
+        'algorithms.auxiliary_reasoning_loss=null',
+        "algorithms: found ['auxiliary_reasoning_loss']; this run has []",
+    ),
+    'loss': ('model.label_smoothing=0.1', 'model.label_smoothing: found 0.0; this run has 0.1'),
+    'layout': ('train_loader.layout=label_first', 'train_loader.layout: found reason_first; this run has label_first'),
 }
 
 
@@ -279,6 +288,63 @@ def test_a_checkpoint_of_another_configuration(refused, run, here, name, way):
         overrides += ['load_weights_only=true']
     line = refused('train', run / 'material' / 'tiny.yaml', *overrides)
     assert line.startswith(f'error: {"autoresume" if way == "autoresume" else "load_path"}: {checkpoint}: {words}')
+
+
+def config_of(*overrides, streams=None):
+    """What a checkpoint and its run would have to agree on, of their YAMLs."""
+    config = OmegaConf.structured(Config(task='rte', optimizer={'name': 'adamw'}, max_duration='1ep'))
+    config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+    if streams:
+        config.train_loader.streams = streams
+    return _of_the_run(OmegaConf.to_yaml(config))
+
+
+BOTH = ['algorithms.auxiliary_reasoning_loss={beta: 0.5}', 'train_loader.source=rows.jsonl']
+
+
+@pytest.mark.parametrize(
+    ('override', 'line'),
+    [
+        (
+            'algorithms.auxiliary_reasoning_loss.beta=1',
+            'algorithms.auxiliary_reasoning_loss.beta: found 0.5; this run has 1',
+        ),
+        (
+            'algorithms.auxiliary_reasoning_loss.alpha=2',
+            'algorithms.auxiliary_reasoning_loss.alpha: found 1.0; this run has 2',
+        ),
+        ('model.class_weights=[1,2]', 'model.class_weights: found None; this run has [1, 2]'),
+        ('model.soft_label_weight=1', 'model.soft_label_weight: found 0.5; this run has 1.0'),
+        ('model.reasoning_targets=rationale', 'model.reasoning_targets: found sequence; this run has rationale'),
+        ('max_seq_len=8', 'max_seq_len: found 512; this run has 8'),
+        ('global_train_batch_size=8', 'global_train_batch_size: found ???; this run has 8'),
+        ('train_loader.weights=both', 'train_loader.weights: found None; this run has both'),
+        ('train_loader.rationale_max_tokens=4', 'train_loader.rationale_max_tokens: found None; this run has 4'),
+        (
+            'train_loader.control=OnlyLabel',
+            'train_loader.control: found ConsistentReasoningLabel; this run has OnlyLabel',
+        ),
+        (
+            'algorithms.alibi={max_sequence_length: 9}',
+            "algorithms: found ['auxiliary_reasoning_loss']; this run has ['al",
+        ),
+        ('algorithms.gradient_clipping={clipping_type: norm}', None),
+        ('algorithms.auxiliary_reasoning_loss.schedule={name: linear}', None),
+        ('optimizer.lr=1', None),
+        ('max_duration=2ep', None),
+        ('train_loader.num_workers=2', None),
+        ('eval_loaders.more={source: rows.jsonl}', None),
+    ],
+)
+def test_what_a_run_that_goes_on_may_change_and_what_not(override, line):
+    found = [*_compare(config_of(*BOTH), config_of(*BOTH, override))]
+    assert not found if line is None else len(found) == 1 and found[0].startswith(line)
+
+
+def test_the_mixture_of_streams_may_not_change():
+    found, run = (config_of(streams={'a': {'local': 'a', 'repeat': repeat}}) for repeat in (4, 1))
+    assert [*_compare(found, run)] == ['train_loader.streams.a.repeat: found 4; this run has 1']
+    assert [*_compare(_of_the_run(None), run)] == []  # of an older version
 
 
 def none_fit(state, folder):

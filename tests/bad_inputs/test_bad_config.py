@@ -113,6 +113,9 @@ OURS = 'algorithms.auxiliary_reasoning_loss'
         ('max_duration=10sec', "max_duration: found '10sec'; expected epochs, batches"),
         ('max_duration=nanep', "max_duration: found 'nanep'; expected a Composer time string"),
         ('eval_interval=-1ep', "eval_interval: found '-1ep'; expected a time of 0 or more"),
+        ('eval_interval=0dur', "eval_interval: found '0dur'; expected a share of the run"),
+        ('save_interval=0dur', "save_interval: found '0dur'; expected a share of the run"),
+        ('console_log_interval=0dur', "console_log_interval: found '0dur'; expected a share of the run"),
         ('save_interval=often', "save_interval: found 'often'; expected a Composer time string"),
         ('console_log_interval=-2ba', "console_log_interval: found '-2ba'; expected a time of 0 or more"),
         (

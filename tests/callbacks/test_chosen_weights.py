@@ -111,6 +111,23 @@ def test_a_resumed_run_goes_on_from_the_best_that_was_kept(tmp_path, algorithms)
     assert all(torch.equal(found[name], value) for name, value in whole.items())
 
 
+@pytest.mark.parametrize('kept', ['of a later batch', 'of another run'])
+def test_what_another_run_kept_does_not_count(tmp_path, kept):
+    saving = {'save_interval': '2ba', 'save_overwrite': True, 'schedulers': falling}
+    build(classifier(), best(tmp_path / 'slim'), save_folder=str(tmp_path / 'one'), **saving).fit(duration='10ba')
+    start = 2
+    if kept == 'of another run':
+        start = 10
+        other = build(classifier(seed=3), best(tmp_path / 'other'), save_folder=str(tmp_path / 'other-ckpt'), **saving)
+        other.fit(duration='2ba')
+        (tmp_path / 'other.best.pt').rename(tmp_path / 'slim.best.pt')
+    (checkpoint,) = (tmp_path / 'one').glob(f'*-ba{start}-*')
+    more = {'save_folder': str(tmp_path / 'two'), 'load_path': str(checkpoint)}
+    build(classifier(seed=1), best(tmp_path / 'slim'), **saving, **more).fit(duration='2ba')
+    facts = json.loads((tmp_path / 'slim' / 'config.json').read_text())['dhrd']['best']
+    assert start < facts['batch'] <= start + 2
+
+
 def test_a_file_of_other_making_stays_and_one_of_an_earlier_run_does_not_count(tmp_path):
     (tmp_path / 'slim.best.pt').write_text('mine')
     with pytest.raises(UserError, match=r'slim\.best\.pt: found something else than the weights of an evaluation'):

@@ -6,9 +6,11 @@ import sys
 import time
 
 import pytest
+from runs import write_run
 
+from dhrd_plugin import load_config, train
 from dhrd_plugin.checkpoints import lock
-from dhrd_plugin.checkpoints.lock import only_run
+from dhrd_plugin.checkpoints.lock import LOCK, only_run
 from dhrd_plugin.errors import UserError
 
 HOLDS = """
@@ -41,13 +43,21 @@ def test_the_second_run_is_refused_and_a_kill_frees_the_folder_at_once(tmp_path,
         only_run(str(tmp_path / 'checkpoints')),
     ):
         pass
-    assert os.listdir(tmp_path / 'checkpoints') == ['.lock']
+    assert os.listdir(tmp_path / 'checkpoints') == [LOCK]
     another.kill()
     another.wait()
     start = time.monotonic()
     with only_run(str(tmp_path / 'checkpoints')):
         assert time.monotonic() - start < 0.3
     assert os.listdir(tmp_path / 'checkpoints') == []
+
+
+def test_a_run_without_checkpoints_has_its_output_dir_to_itself(tmp_path, another, monkeypatch):
+    monkeypatch.setattr(lock, 'PATIENCE', 0.3)
+    yaml = write_run(tmp_path / 'material')
+    config = load_config(yaml, [f'output_dir={tmp_path / "checkpoints"}', 'save_folder=null', 'autoresume=false'])
+    with pytest.raises(UserError, match=r'output_dir: .*checkpoints: is in use by another run, process \d+ on'):
+        train(config)
 
 
 def test_it_waits_for_one_that_is_about_to_end(tmp_path, another, capsys):
@@ -60,7 +70,7 @@ def test_it_waits_for_one_that_is_about_to_end(tmp_path, another, capsys):
 def test_nothing_is_left_and_what_stands_there_stays(tmp_path):
     for folder in (tmp_path / 'new' / 'checkpoints', tmp_path):
         with only_run(str(folder)):
-            assert (folder / '.lock').exists()
+            assert (folder / LOCK).exists()
         assert os.listdir(tmp_path) == []
     (tmp_path / 'ep1-ba1-rank0.pt').touch()
     with pytest.raises(KeyError), only_run(str(tmp_path)):
@@ -75,11 +85,11 @@ def test_a_lock_that_was_just_removed_is_not_taken_for_one(tmp_path, monkeypatch
     def late(descriptor, operation):
         take(descriptor, operation)
         if not gone:
-            gone.append((tmp_path / '.lock').unlink())
+            gone.append((tmp_path / LOCK).unlink())
 
     monkeypatch.setattr(lock.fcntl, 'lockf', late)
     with only_run(str(tmp_path)):
-        assert (tmp_path / '.lock').exists()
+        assert (tmp_path / LOCK).exists()
 
 
 @pytest.mark.parametrize('folder', [None, 's3://bucket/run'])

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.utils import dist
 from forks import Popen
 from runs import BATCH, EPOCH, STEPS, RowRecorder, finish, kill, launch, losses, outcome, rows_read, wait_for, write_run
 
 import dhrd_plugin.training.run
 from dhrd_plugin import load_config, train
 from dhrd_plugin.checkpoints.read import describe_checkpoint
+from dhrd_plugin.checkpoints.resume import find_checkpoint, set_log_aside
 from dhrd_plugin.checkpoints.same import differences
 from dhrd_plugin.checkpoints.whole import find_flaw, list_checkpoints, newest_checkpoint
 from dhrd_plugin.errors import UserError
@@ -175,6 +177,40 @@ def test_from_one_rank_to_two_and_back_every_row_is_read_once_an_epoch(yaml, str
     assert {**found, 'metrics': None} == {**expected, 'metrics': None}
 
 
+class Hyperparameters(RowRecorder):
+    """Notes what each step is taken with."""
+
+    noted: dict[int, dict] = {}
+
+    def after_train_batch(self, state, logger):
+        (group,) = state.optimizers[0].param_groups
+        self.noted[int(state.timestamp.batch)] = {key: group[key] for key in ('lr', 'weight_decay')}
+
+
+Hyperparameters.__qualname__ = RowRecorder.__qualname__
+
+
+def test_a_run_that_goes_on_has_the_hyperparameters_of_its_own_config(yaml, tmp_path, monkeypatch):
+    monkeypatch.setattr(dhrd_plugin.training.run, 'TokenCounter', Hyperparameters)
+
+    def steps(name, *overrides):
+        monkeypatch.setattr(Hyperparameters, 'noted', {})
+        (tmp_path / name).mkdir(exist_ok=True)
+        run(yaml, tmp_path / name, 'max_duration=8ba', 'save_interval=4ba', *overrides)
+        return Hyperparameters.noted
+
+    first = steps('first')
+    for name in ('rate', 'constant'):
+        keep(tmp_path / 'first', tmp_path / name, 4)
+    rate = steps('rate', 'optimizer.lr=1e-3', 'optimizer.weight_decay=0.3')
+    assert list(rate) == [4, 5, 6, 7] and all(found['weight_decay'] == 0.3 for found in rate.values())
+    for step in (5, 6, 7):
+        assert 3 * rate[step]['lr'] == pytest.approx(first[step]['lr'])
+    assert 3 * rate[4]['lr'] == pytest.approx(first[5]['lr'])  # Composer's schedulers are a step behind
+    constant = steps('constant', 'scheduler=null')
+    assert {step: found['lr'] for step, found in constant.items()} == dict.fromkeys((4, 5, 6, 7), 3e-3)
+
+
 # ------------------------------------------------------------------------------ damaged checkpoints
 
 
@@ -254,6 +290,49 @@ def shards(tmp_path):
     state = {'state': {'model': {f'{i}': torch.arange(1000.0) + i for i in range(3)}, 'timestamp': {'batch': 10}}}
     torch.distributed.checkpoint.save(state, checkpoint_id=folder, no_dist=True)
     return folder
+
+
+@pytest.mark.parametrize('autoresume', [True, False])
+def test_a_folder_of_the_other_kind_is_no_new_one(shards, autoresume):
+    with pytest.raises(UserError, match=': found checkpoints in shards, and this run saves files'):
+        find_checkpoint(str(shards.parent), sharded=False, autoresume=autoresume)
+    assert find_checkpoint(str(shards.parent), sharded=False, autoresume=True, save_overwrite=True) is None
+    (shards.parent / 'ep0-ba9-rank0.pt').touch()
+    assert find_checkpoint(str(shards.parent), sharded=True, autoresume=True) == str(shards)
+    shutil.rmtree(shards)
+    with pytest.raises(UserError, match='found checkpoints in files, and this run saves shards'):
+        find_checkpoint(str(shards.parent), sharded=True, autoresume=autoresume)
+
+
+@pytest.mark.parametrize('own', [True, False])
+def test_each_ranks_log_is_set_aside_once(tmp_path, monkeypatch, own):
+    logs = [tmp_path / f'log-rank{rank if own else 0}.txt' for rank in (0, 1)]
+    for number, log in enumerate(dict.fromkeys(logs)):
+        log.write_text(f'{number}')
+    monkeypatch.setattr(dist, 'all_gather_object', lambda log: logs)
+    for rank, log in enumerate(logs):
+        monkeypatch.setattr(dist, 'get_global_rank', lambda rank=rank: rank)
+        set_log_aside(log)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ['log-rank0.1.txt', 'log-rank1.1.txt'][: 2 if own else 1]
+
+
+STOPPER = ('callbacks.early_stopper={monitor: MulticlassAccuracy, dataloader_label: validation, patience: 4ba}',)
+AT_REST = ('optimizer.lr=1e-9', 'scheduler=null', 'eval_interval=2ba', 'save_interval=2ba', 'max_duration=14ba')
+
+
+def test_a_run_that_stopped_early_stays_stopped_unless_it_is_to_be_more_patient(yaml, tmp_path, monkeypatch):
+    steps = []
+    for more in ((), (), ('callbacks.early_stopper.patience=8ba',)):
+        trainer = run(yaml, tmp_path, *AT_REST, *STOPPER, *more)
+        steps.append(int(trainer.state.timestamp.batch))
+        trainer.close()
+    assert steps == [8, 8, 12]
+
+
+def test_a_run_that_goes_on_stops_where_it_would_have_stopped(yaml, tmp_path, monkeypatch):
+    stop(yaml, tmp_path, 5, monkeypatch, *AT_REST, *STOPPER)
+    assert run(yaml, tmp_path, *AT_REST, *STOPPER).state.timestamp.batch == 8
 
 
 @pytest.mark.parametrize('damage', [None, cut_short, half, empty, 'flip', 'index', 'shard'])

@@ -1,0 +1,47 @@
+"""Composer's early stopper, for runs that are stopped and go on."""
+
+from typing import Any
+
+import composer.callbacks
+from composer.core import State, Timestamp, TimeUnit
+from composer.loggers import Logger
+
+
+class EarlyStopper(composer.callbacks.EarlyStopper):
+    """Composer's, with its memory in the checkpoint: a run that goes on stops where it would have stopped.
+
+    One that had stopped ends at once, with the weights that it has, unless ``patience`` is longer now. Arguments are
+    Composer's.
+    """
+
+    _last: Timestamp | None = None  # of the evaluation that was compared last
+
+    def _update_stopper_state(self, state: State) -> None:
+        self._last = state.timestamp
+        super()._update_stopper_state(state)
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Stop where the checkpoint's run had."""
+        del logger
+        if self._last is None or self.best_occurred is None:
+            return
+        unit = TimeUnit.BATCH if self.patience.unit == TimeUnit.BATCH else TimeUnit.EPOCH
+        if self._last.get(unit) - self.best_occurred.get(unit) > self.patience:
+            state.stop_training()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value and when it was, and when the last was."""
+        if self._last is None or self.best is None or self.best_occurred is None:
+            return {}
+        times = {'best_occurred': _plain(self.best_occurred), 'last': _plain(self._last)}
+        return {'best': self.best.detach().cpu(), **times}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember; a checkpoint of Composer's own has nothing."""
+        if state:
+            self.best = state['best']
+            self.best_occurred, self._last = (Timestamp(**state[name]) for name in ('best_occurred', 'last'))
+
+
+def _plain(timestamp: Timestamp) -> dict[str, int]:
+    return {'epoch': int(timestamp.epoch), 'batch': int(timestamp.batch)}
