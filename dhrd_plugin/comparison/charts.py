@@ -121,7 +121,8 @@ def draw_scores(results: Results, statistics: Statistics, sets: Sequence[Rows] =
             return _render(f'scores{name}', title, f'Radar chart of the scores in percent. {alt}.', figure)
         places = [task for task, _ in sets]
         if main and len(sets) > 1:
-            values = {arm: [*found, statistics.averages[arm]] for arm, found in values.items()}
+            averages = statistics.averages
+            values = {arm: [*found, averages[arm]] for arm, found in values.items() if arm in averages}
             places.append('average')
         figure = _draw_dots(places, values, styles)
         title = 'Scores by task, in percent, with 95 % intervals'
@@ -208,7 +209,7 @@ def draw_differences(results: Results, statistics: Statistics, sets: Sequence[Ro
 
 def _draw_line(axes: Axes, y: float, value: Difference, style: Mapping[str, Any]) -> None:
     low, middle, high = 100 * value.low, 100 * value.value, 100 * value.high
-    filled = value.verdict != 'no difference shown'
+    filled = value.verdict in ('gain', 'loss')
     axes.plot([low, high], [y, y], color=style['color'], linewidth=1.8)
     face = style['color'] if filled else 'white'
     axes.plot([middle], [y], style['marker'], color=style['color'], markerfacecolor=face, markersize=6)

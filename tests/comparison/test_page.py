@@ -255,3 +255,34 @@ def test_the_papers_figures_stand_beside_those_on_its_backbones(tmp_path, model)
     expected = {'meta-llama/Llama-3.1-8B': '81.9/90.0', 'some/Qwen3-4B-Instruct-2507': '84.3/91.6'}
     assert f'<th scope="row">paper: pooled baseline</th><td>{expected[model]}</td>' in html
     assert 'here: dhrd_0.3' in html and 'seven SuperGLUE tasks' in html
+
+
+def test_few_seeds_are_told_where_they_are(tmp_path):
+    """Of three planned seeds the baseline has two; one arm has all, one has one, one shares none with it."""
+    right = {'pooled': 20, 'full': 21, 'lone': 40, 'apart': 40}
+    cells = [('pooled', 1), ('pooled', 2), ('full', 1), ('full', 2), ('full', 3), ('lone', 1), ('apart', 3)]
+    labels = [0, 1] * 20
+    lines = [
+        line('a', arm, seed, labels, labels[: right[arm]] + [1 - label for label in labels[right[arm] :]])
+        for arm, seed in cells
+    ]
+    for text in reported(write(tmp_path, lines)):
+        assert 'No seed in common with pooled, so not compared: a apart.' in text
+        assert re.search(r'\[.*\] no difference shown\s\(2\sseeds\)', text)
+        assert re.search(r'\[.*\] no verdict\s\(1\sseed\)', text)
+        assert 'says nothing of what another seed would give; it is no verdict.' in text
+    found = answer(tmp_path)
+    assert re.search(
+        r'; no verdict yet for lone \(.* points, 1\sseed\); 1 to 2 seeds, 95 % intervals, of one seed', found
+    )
+    assert 'gain' not in found and 'apart' not in found
+
+
+def test_three_planned_seeds_and_one_that_is_there(tmp_path):
+    plan = {'baseline': 'pooled', 'tasks': {'a': {}}, 'arms': {'pooled': {}, 'arm': {}}, 'seeds': [1, 2, 3]}
+    lines = [line('a', arm, 1, [0, 1] * 40, [0, i] * 40) for i, arm in enumerate(('pooled', 'arm'))]
+    html, _ = reported(write(tmp_path, lines, plan))
+    assert re.search(
+        r': no verdict yet for arm \(.*; one seed, so the 95 % intervals are over rows alone\.$', answer(tmp_path)
+    )
+    assert 'Student' not in html
