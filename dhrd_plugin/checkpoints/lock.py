@@ -1,4 +1,4 @@
-"""One run to a ``save_folder``."""
+"""One run to a ``save_folder``, one comparison to an ``output_dir``."""
 
 import fcntl
 import os
@@ -35,14 +35,15 @@ def only_run(save_folder: str | None) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        on_rank_zero(lambda: stack.enter_context(_held(Path(save_folder) / LOCK)))
+        on_rank_zero(lambda: stack.enter_context(held(Path(save_folder) / LOCK)))
         yield
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
+def held(path: Path, key: str = 'save_folder') -> Iterator[None]:
+    """Hold a lock until the end, as one process; ``key`` is what errors call its folder."""
     with kept_parents(path):
-        descriptor = _hold(path)
+        descriptor = _hold(path, key)
         try:
             yield
         finally:
@@ -50,7 +51,7 @@ def _held(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _hold(path: Path) -> int:
+def _hold(path: Path, key: str) -> int:
     """The descriptor of the lock's file; nothing else may open and close it here, which would free the lock."""
     deadline, waiting = time.monotonic() + PATIENCE, False
     while True:
@@ -65,7 +66,7 @@ def _hold(path: Path) -> int:
             holder = os.pread(descriptor, 200, 0).decode(errors='replace') or 'another process'
             if time.monotonic() > deadline:
                 raise UserError(
-                    f'save_folder: {path.parent}: is in use by another run, {holder}; expected a folder of its own'
+                    f'{key}: {path.parent}: is in use by another run, {holder}; expected a folder of its own'
                 ) from None
             if not waiting:
                 print(f'{path.parent}: in use by {holder}; waiting for it up to {PATIENCE:g} s', flush=True)
