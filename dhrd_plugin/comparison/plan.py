@@ -55,6 +55,7 @@ class Comparison(FromEnvironment):
     tasks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     arms: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # by name, what an arm changes in it; likewise
     baseline: str = 'pooled'  # the arm that the others are compared with
+    average: bool = True  # whether tasks are averaged: not where they are settings, such as learning rates
     seeds: list[int] = field(default_factory=lambda: [17, 18, 19])  # each a run of every task and arm
     keep_exports: bool = False  # keep each cell's slim classifier; its predictions are kept in any case
 
@@ -249,9 +250,11 @@ def check_plan(comparison: Comparison, where: str | Path) -> None:
     """
     path = Path(comparison.output_dir) / PLAN
     stored, _ = read_plan(path)
-    for key in ('tasks', 'arms', 'baseline', 'seeds'):
-        wanted = getattr(comparison, key)
-        wanted, found = ([*wanted], [*stored[key]]) if key != 'baseline' else (wanted, stored[key])
+    for key in ('tasks', 'arms', 'baseline', 'average', 'seeds'):
+        wanted, found = (
+            value if isinstance(value, str | bool) else [*value]
+            for value in (getattr(comparison, key), stored.get(key, True))  # an older plan has no ``average``
+        )
         if found != wanted:
             raise UserError(
                 f'{path}: {key}: found {found!r}, where {where} has {wanted!r} now; '

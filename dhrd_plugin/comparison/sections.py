@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dhrd_plugin.comparison import paper
-from dhrd_plugin.comparison.charts import Chart, describe, draw_curves, draw_differences, draw_scores
+from dhrd_plugin.comparison.charts import FEW, Chart, describe, draw_curves, draw_differences, draw_scores
 from dhrd_plugin.comparison.results import PLAN, CellKey, Results, Rows
 from dhrd_plugin.comparison.statistics import (
     POWER,
@@ -82,7 +82,8 @@ def build_report(results: Results) -> Report:
     if statistics.scores:
         sections.append(cost(results))
     if curves := draw_curves(results):
-        text = 'Means over seeds, and thin lines for each seed. A point of a long series is the mean of some steps.'
+        thin = ', and thin lines for each seed' if len(results.arms) <= FEW else ''
+        text = f'Means over seeds{thin}. A point of a long series is the mean of some steps.'
         sections.append(Section('While it trained', [text], charts=curves))
     models = dict.fromkeys(record['model'] for record in results.records.values())
     backbones = dict.fromkeys(name for model in models if (name := paper.backbone(model)))
@@ -105,6 +106,11 @@ def _text(value: float | None, form: str) -> str:
 def _answer(results: Results, statistics: Statistics) -> str:
     """One sentence from the verdicts; a difference whose interval spans zero is never more than "not shown"."""
     found = statistics.average_differences
+    if not results.average and statistics.differences:
+        return (
+            f'Each of {_listed(statistics.common)} is compared with {results.baseline} by itself, below: they are '
+            'settings, so there is no average, and no one answer.'
+        )
     if not found:
         return (
             f'Nothing can be said yet: no task has results of {results.baseline} and of all the other arms that have '
@@ -188,13 +194,17 @@ def _scores(results: Results, statistics: Statistics) -> Section:
     """Means with intervals, averages, relative differences and verdicts."""
     arms, sets, full = results.arms, results.main_sets, len(results.seeds)
     columns = list[Column]()
-    if len(sets) > 1:
+    if len(sets) > 1 and results.average:
         columns.append(('average', {arm: _percent(statistics.averages.get(arm), full) for arm in arms}))
     found = statistics.average_differences
-    columns += [
-        (f'relative to {results.baseline}', {arm: _relative(statistics.relative.get(arm)) for arm in arms}),
-        ('verdict', {arm: found[arm].verdict + _fewer(found[arm], full) if arm in found else NONE for arm in arms}),
-    ]
+    columns += (
+        []
+        if not results.average
+        else [
+            (f'relative to {results.baseline}', {arm: _relative(statistics.relative.get(arm)) for arm in arms}),
+            ('verdict', {arm: found[arm].verdict + _fewer(found[arm], full) if arm in found else NONE for arm in arms}),
+        ]
+    )
     tables = [_score_table(results, statistics, sets, columns), *_constant(results, sets)]
     metrics = [(rows, name) for rows in sets for name in results.example(rows)['task_metrics']]
     if len(metrics) > len(sets):
@@ -278,7 +288,7 @@ def _how_scored(results: Results, statistics: Statistics) -> list[str]:
         several = '; '.join(several)
         texts.append(f'A task with more than one metric is scored by their mean, as in the paper: {several}.')
     left = [task for task, _ in results.main_sets if task not in statistics.common]
-    if left and statistics.common:
+    if left and statistics.common and results.average:
         texts.append(
             f'Averages are over {_listed(statistics.common)}, which all arms that have begun have results of; '
             f'{_listed(left)} {"is" if len(left) == 1 else "are"} left out.'
@@ -293,7 +303,8 @@ def _differences(results: Results, statistics: Statistics) -> Section:
     """The forest plot and its numbers."""
     sets = results.main_sets
     texts = [*_how_sure(results, statistics), *_too_small(results, statistics, sets)]
-    tables = _difference_tables(results, statistics, sets, statistics.average_differences)
+    averages = statistics.average_differences if results.average else None
+    tables = _difference_tables(results, statistics, sets, averages)
     return Section(f'Difference from {results.baseline}', texts, tables, [draw_differences(results, statistics)])
 
 

@@ -97,7 +97,7 @@ class Statistics:
     differences: dict[tuple[Rows, str], Difference]  # of each evaluation set and arm, to the baseline
     tests: dict[tuple[Rows, str, int], McNemar]  # of each evaluation set, arm and seed
     common: list[str]  # the tasks that all arms with results have; averages are over these
-    averages: dict[str, Estimate]  # of each arm, the mean of the scores of the common tasks
+    averages: dict[str, Estimate]  # of each arm, the mean of the scores of the common tasks; none where unwanted
     average_differences: dict[str, Difference]  # of each arm, to the baseline
     relative: dict[str, Estimate]  # of each arm, average(arm) / average(baseline) - 1, as the paper's "rel."
 
@@ -244,7 +244,7 @@ def analyse(results: Results, resamples: int = RESAMPLES) -> Statistics:
     base, mains = results.baseline, results.main_sets
     started = [arm for arm in results.arms if any(arm in sets[rows].full for rows in mains)]
     common = [rows for rows in mains if all(arm in sets[rows].full for arm in started)]
-    tasks = [sets[rows] for rows in common]
+    tasks = [sets[rows] for rows in common] if results.average else []
     scores = {(r, arm): found for r, one in sets.items() for arm in one.full if (found := _score([one], arm))}
     several = len(results.seeds) > 1
     average = {arm: found for arm in started if (found := _compared(tasks, arm, base, several))}
@@ -279,8 +279,8 @@ def _compared(
         return None
     (ours, drawn), (theirs, drawn_base) = _over(tasks, arm, seeds), _over(tasks, base, seeds)
     mean = theirs.mean()
-    found = _interval((ours - theirs).mean(), ours - theirs, drawn - drawn_base)
-    difference = Difference(*found, lone=several and len(seeds) == 1)
+    value, low, high, *more = _interval((ours - theirs).mean(), ours - theirs, drawn - drawn_base)
+    difference = Difference(value, max(-1.0, low), min(1.0, high), *more, lone=several and len(seeds) == 1)
     if mean <= 0 or (drawn_base <= 0).any():
         return difference, None
     ratio = ours.mean() / mean  # it varies as its linear part does

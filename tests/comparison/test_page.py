@@ -200,6 +200,16 @@ def test_one_seed_and_two_tasks(tmp_path):
     assert 'average' in html and 'The paper on' not in html
 
 
+def test_settings_are_not_averaged(tmp_path):
+    folder = make(tmp_path, seeds=(17,), curves=False)
+    plan = tmp_path / 'comparison.yaml'
+    plan.write_text(f'{plan.read_text()}average: false\n')
+    for text in reported(folder):
+        assert '<th scope="col">average' not in text and '| average |' not in text and 'verdict |' not in text
+        assert 'Radar' not in text and 'Dots with intervals' in text and 'gain' in text
+    assert answer(tmp_path).startswith('Each of cb, multirc and rte is compared with pooled by itself, below')
+
+
 def test_a_partial_comparison_says_so(tmp_path):
     gone = [('rte', 'dhrd_1', seed) for seed in (17, 18, 19)] + [('cb', 'pooled', 17)]
     html, markdown = reported(make(tmp_path, leave_out=gone, curves=False))
