@@ -136,7 +136,7 @@ def make(
             groups = [f'q{i // spec["group"]}' for i in range(spec['rows'])] if 'group' in spec else None
             for index, (arm, settings) in enumerate(arms.items()):
                 noise = np.random.default_rng([seed, number, index])
-                ability = skill[arm] + noise.normal(0, 0.12) + noise.normal(0, 0.6, spec['rows'])
+                ability = skill[arm] + noise.normal(0, 0.05) + noise.normal(0, 0.6, spec['rows'])
                 wrong = (labels + noise.integers(1, len(spec['labels']), spec['rows'])) % len(spec['labels'])
                 predictions = np.where(ability > difficulty, labels, wrong)
                 if (task, arm, seed) in leave_out:

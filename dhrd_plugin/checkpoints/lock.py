@@ -1,4 +1,4 @@
-"""One run to an ``output_dir`` and a ``save_folder``."""
+"""One run to an ``output_dir`` and a ``save_folder``, one comparison to an ``output_dir``."""
 
 import fcntl
 import os
@@ -36,12 +36,13 @@ def only_run(folder: str | None, key: str = 'save_folder') -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        on_rank_zero(lambda: stack.enter_context(_held(Path(folder) / LOCK, key)))
+        on_rank_zero(lambda: stack.enter_context(held(Path(folder) / LOCK, key)))
         yield
 
 
 @contextmanager
-def _held(path: Path, key: str) -> Iterator[None]:
+def held(path: Path, key: str) -> Iterator[None]:
+    """Hold a lock until the end, as one process; ``key`` is what errors call its folder."""
     with kept_parents(path):
         descriptor = _hold(path, key)
         try:

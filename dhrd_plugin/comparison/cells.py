@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from composer.utils import dist
 from transformers.utils import logging
 
 from dhrd_plugin import ranks
+from dhrd_plugin.checkpoints.lock import LOCK, held
 from dhrd_plugin.cli import Parser, number, run
 from dhrd_plugin.comparison import write_report
 from dhrd_plugin.comparison.page import check_extra
 from dhrd_plugin.comparison.plan import (
     EXPORT,
     Cell,
+    Comparison,
     build_cells,
     check_plan,
     check_targets,
@@ -39,7 +42,7 @@ from dhrd_plugin.training.config import used
 from dhrd_plugin.training.run import train
 from dhrd_plugin.training.summary import say
 
-SUMMARY, EVALUATION, OUTPUT = 'summary.json', 'evaluation', 'output.txt'  # of a cell
+SUMMARY, EVALUATION, OUTPUT, FINGERPRINT = 'summary.json', 'evaluation', 'output.txt', 'fingerprint'  # of a cell
 VERSIONS = ('dhrd-plugin', 'torch', 'transformers', 'mosaicml')
 POLL = 0.1  # seconds between two looks at the cells that run
 
@@ -68,11 +71,19 @@ def compare(path: str | Path, overrides: Sequence[str] = (), jobs: int = 1) -> P
         if load_task(cell.config.task).multi_label:
             raise UserError(f'{path}: tasks.{cell.task}: found several labels to a row; expected one, right or wrong')
     results = Path(comparison.output_dir) / RESULTS
-    done = cells_done(results, cells)
-    missing = [(f'cell {i} of {len(cells)}: {cell}', cell) for i, cell in enumerate(cells, 1) if cell.key not in done]
+    done = find_done(results, cells)
     if ranks.rank() == 0:
-        check_targets(comparison, [cell for _, cell in missing], path)
-    command = [sys.executable, '-m', 'dhrd_plugin', 'compare', str(path), *overrides]
+        check_targets(comparison, [cell for cell in cells if cell.key not in done], path)
+    with held(Path(comparison.output_dir) / LOCK, 'output_dir') if ranks.rank() == 0 else nullcontext():
+        command = [sys.executable, '-m', 'dhrd_plugin', 'compare', str(path), *overrides]
+        _compare(comparison, cells, results, command, jobs)
+    return results
+
+
+def _compare(comparison: Comparison, cells: Sequence[Cell], results: Path, command: Sequence[str], jobs: int) -> None:
+    """Run what is missing, while no other comparison writes there: one that has just ended may have."""
+    done = find_done(results, cells)
+    missing = [(f'cell {i} of {len(cells)}: {cell}', cell) for i, cell in enumerate(cells, 1) if cell.key not in done]
 
     def keep(cell: Cell) -> None:
         if ranks.rank() == 0:
@@ -85,22 +96,23 @@ def compare(path: str | Path, overrides: Sequence[str] = (), jobs: int = 1) -> P
             write_plan(comparison)
         say(f'{comparison.name}: {len(cells)} cells, {len(done)} of them in {results}')
         _run_cells(missing, command, jobs, keep)
-    return results
 
 
-def cells_done(path: Path, cells: Sequence[Cell]) -> set[CellKey]:
-    """The cells that have results; refuses those of another config."""
-    prints = {cell.key: cell.fingerprint for cell in cells}
+def find_done(path: Path, cells: Sequence[Cell]) -> set[CellKey]:
+    """The cells that have results; refuses those of another config, or of other data where both are known."""
+    planned = {cell.key: cell for cell in cells}
     done = set()
     for record in read_lines(path):
-        key = record['task'], record['arm'], record['seed']
-        if prints.get(key, record['fingerprint']) != record['fingerprint']:
-            raise UserError(
-                f'{path}: {key[0]} {key[1]} seed {key[2]} was run with other settings than it has now; '
-                'expected the same, or another output_dir'
-            )
-        done.add(key)
-    return done & set(prints)
+        cell = planned.get((record['task'], record['arm'], record['seed']))
+        if cell is None:
+            continue
+        what = 'with other settings than it has' if record['fingerprint'] != cell.fingerprint else ''
+        if not what and (data := record.get('data')) and cell.data and data != cell.data:
+            what = 'on other rows, rationales or template than there are'
+        if what:
+            raise UserError(f'{path}: {cell} was run {what} now; expected the same, or another output_dir')
+        done.add(cell.key)
+    return done
 
 
 def append(path: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -142,8 +154,8 @@ def _run_cells(
 def _start(cell: Cell, command: Sequence[str], jobs: int) -> subprocess.Popen:
     """A cell as a process. On several ranks those of the others wait for rank 0's before they write anything."""
     command = [*command, '--cell', *map(str, cell.key), cell.fingerprint, str(os.getpid())]
-    if ranks.rank() == 0 and not cell.config.autoresume:  # what a killed run left
-        shutil.rmtree(cell.folder, ignore_errors=True)
+    if ranks.rank() == 0:
+        _clear(cell)
     if jobs == 1:
         return subprocess.Popen(command)
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
@@ -156,6 +168,14 @@ def _start(cell: Cell, command: Sequence[str], jobs: int) -> subprocess.Popen:
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+
+
+def _clear(cell: Cell) -> None:
+    """Remove what a killed run left, but for the checkpoints of the very same cell where it is to go on from them."""
+    note, same = cell.folder / FINGERPRINT, f'{cell.fingerprint} {cell.data}'
+    if not (cell.config.autoresume and note.exists() and note.read_text(encoding='utf-8') == same):
+        shutil.rmtree(cell.folder, ignore_errors=True)
+    write_bytes(note, same.encode())
 
 
 def _failure(cell: Cell, status: int, jobs: int) -> str:
@@ -211,6 +231,7 @@ def read_cell(cell: Cell) -> list[dict[str, Any]]:
         'arm': cell.arm,
         'seed': cell.seed,
         'fingerprint': cell.fingerprint,
+        'data': cell.data,
         'model': cell.config.model.pretrained_model_name_or_path,
         'alpha': None if method is None else method.get('alpha', 1.0),
         'beta': 1.0 if method is None else method.get('beta', 1.0),
@@ -249,7 +270,7 @@ def _read_json(path: Path) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``dhrd compare YAML [key=value ...]``."""
-    return run(lambda: _compare(parse_args(argv)))
+    return run(lambda: _run(parse_args(argv)))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -263,7 +284,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)  # overrides may stand on either side of an option
 
 
-def _compare(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     if args.cell:
         return _run_one(args.yaml, args.overrides, args.cell)
@@ -271,6 +292,7 @@ def _compare(args: argparse.Namespace) -> None:
         comparison = load_comparison(args.yaml, args.overrides)
         check_plan(comparison, args.yaml)
         folder = Path(comparison.output_dir)
+        find_done(folder / RESULTS, build_cells(comparison, args.yaml))
     else:
         folder = compare(args.yaml, args.overrides, args.jobs).parent
     if ranks.rank() == 0:

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from numpy.typing import NDArray
 
 from dhrd_plugin.comparison.results import Results, Rows
@@ -17,8 +18,9 @@ from dhrd_plugin.comparison.statistics import Difference, Estimate, Statistics
 
 WIDTH = 5.0  # inches: small enough to be read on a phone
 GREY = '#666666'
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart; not their yellow, too pale on white.
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart; not their yellow, too pale on white,
+# nor their second blue, which lines that thin do not tell from the first.
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#000000')
 MARKERS = ('s', '^', 'D', 'v', 'P', 'X', '<', '>')
 # Five of these to six colours and eight markers: thirty arms pass before two look alike.
 DASHES: tuple[Any, ...] = ('-', '--', '-.', (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
@@ -37,6 +39,7 @@ TITLES = {
     'loss/train/reasoning': 'Reasoning loss',
     'dhrd/alpha': 'alpha, the weight of the reasoning loss',
 }
+FEW = 4  # arms whose seeds have lines of their own; of more, they are a thicket
 POINTS = 30  # of a curve: of more steps than that, each point is a mean
 Points = NDArray[np.float64]
 
@@ -88,16 +91,22 @@ def _new_figure(height: float, **subplots: Any) -> tuple[Figure, Any]:
 def _add_legend(figure: Figure, axes: Axes) -> None:
     """One legend below everything, in room of its own."""
     handles, labels = axes.get_legend_handles_labels()
-    longest = max((len(label) for label in labels), default=0)
-    columns = max(1, min(len(labels), 56 // (longest + 8)))
+    widths = [40 + TextPath((0, 0), label, size=10).get_extents().width for label in labels]  # with line and space
+
+    def fits(columns: int) -> bool:
+        rows = -(-len(widths) // columns)
+        return sum(max(widths[start : start + rows]) for start in range(0, len(widths), rows)) < 72 * WIDTH - 10
+
+    columns = max([1, *filter(fits, range(2, len(labels) + 1))])
     figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(labels) // columns))
-    figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
+    figure.legend(handles, labels, loc='outside lower center', ncols=columns, columnspacing=1.0, frameon=False)
 
 
 def draw_scores(results: Results, statistics: Statistics, sets: Sequence[Rows] = (), name: str = '') -> Chart:
     """The arms' scores: a radar chart over tasks as the paper's Figure 1.
 
-    A radar with fewer than three axes shows nothing; then, dots with their intervals, grouped by task.
+    A radar with fewer than three axes shows nothing; then, or where tasks are settings, dots with their intervals,
+    grouped by task.
 
     Args:
         results: see :func:`~dhrd_plugin.comparison.results.read_results`.
@@ -115,13 +124,14 @@ def draw_scores(results: Results, statistics: Statistics, sets: Sequence[Rows] =
         for arm, found in values.items()
     )
     with matplotlib.rc_context(STYLE):
-        if len(sets) >= 3:
+        if len(sets) >= 3 and results.average:
             figure, centre = _draw_radar([task for task, _ in sets], values, styles)
             title = f'Scores by task, in percent; the centre is {centre:.0f}'
             return _render(f'scores{name}', title, f'Radar chart of the scores in percent. {alt}.', figure)
         places = [task for task, _ in sets]
-        if main and len(sets) > 1:
-            values = {arm: [*found, statistics.averages[arm]] for arm, found in values.items()}
+        if main and len(sets) > 1 and results.average:
+            averages = statistics.averages
+            values = {arm: [*found, averages[arm]] for arm, found in values.items() if arm in averages}
             places.append('average')
         figure = _draw_dots(places, values, styles)
         title = 'Scores by task, in percent, with 95 % intervals'
@@ -208,7 +218,7 @@ def draw_differences(results: Results, statistics: Statistics, sets: Sequence[Ro
 
 def _draw_line(axes: Axes, y: float, value: Difference, style: Mapping[str, Any]) -> None:
     low, middle, high = 100 * value.low, 100 * value.value, 100 * value.high
-    filled = value.verdict != 'no difference shown'
+    filled = value.verdict in ('gain', 'loss')
     axes.plot([low, high], [y, y], color=style['color'], linewidth=1.8)
     face = style['color'] if filled else 'white'
     axes.plot([middle], [y], style['marker'], color=style['color'], markerfacecolor=face, markersize=6)
@@ -225,15 +235,15 @@ def describe(value: Estimate) -> str:
 
 
 def draw_curves(results: Results) -> list[Chart]:
-    """A chart for each series, with a panel for each task: the mean over seeds, and thin lines for each of them.
+    """A chart for each series, with a panel for each task: means over seeds; thin lines of each where arms are few.
 
-    What never changes, such as beta or a count of cut rationales that stays at zero, is left out.
+    What changes within no run, such as beta, an alpha without a schedule or a count of cut rationales that stays at
+    zero, is left out.
     """
-    logged: dict[str, set[Any]] = {}
-    for name, points in (item for record in results.records.values() for item in record['series'].items()):
-        logged.setdefault(name, set()).update(value for _, value in points)
-    varying = sorted(name for name, values in logged.items() if name.startswith('dhrd/') and len(values) > 1)
-    names = [*TITLES, *(name for name in varying if name not in (*TITLES, *COUNTED))]
+    logged = [item for record in results.records.values() for item in record['series'].items()]
+    varying = {name for name, points in logged if len({value for _, value in points}) > 1}
+    shown = [name for name in TITLES if name in varying or not name.startswith('dhrd/')]
+    names = [*shown, *sorted(name for name in varying - {*TITLES, *COUNTED} if name.startswith('dhrd/'))]
     return [chart for name in names if (chart := _draw(results, name))]
 
 
@@ -257,7 +267,7 @@ def _draw(results: Results, name: str) -> Chart | None:
         for axes, (task, arms) in zip(grid.flat, panels.items()):
             for arm, seeds in arms.items():
                 width = max(1.0, 2.4 - 0.2 * results.arms.index(arm))  # a line below one that is like it still shows
-                _draw_arm(axes, arm, seeds, styles[arm], width)
+                _draw_arm(axes, arm, seeds, styles[arm], width, len(results.arms) <= FEW)
             axes.set_title(task, fontsize=10)
             axes.set_xlabel('step')
             axes.grid(color='#eeeeee')
@@ -266,6 +276,7 @@ def _draw(results: Results, name: str) -> Chart | None:
         most = max(panels.values(), key=len)
         _add_legend(figure, next(axes for axes, arms in zip(grid.flat, panels.values()) if arms is most))
         title = TITLES.get(name, name)
+        figure.supylabel(title.split(',')[0].removeprefix('dhrd/'), fontsize=9)
         slug = re.sub('[^a-zA-Z0-9]', '-', name)
         return _render(f'curve-{slug}', title, f'{title} over steps. {_ends(panels)}.', figure)
 
@@ -276,8 +287,10 @@ def _by_arm(results: Results, rows: tuple[str, str], name: str) -> dict[str, lis
     return {arm: seeds for arm, seeds in thinned.items() if seeds}
 
 
-def _draw_arm(axes: Any, arm: str, seeds: Sequence[Points], style: Mapping[str, Any], width: float) -> None:
-    if len(seeds) > 1:
+def _draw_arm(
+    axes: Any, arm: str, seeds: Sequence[Points], style: Mapping[str, Any], width: float, thin_lines: bool
+) -> None:
+    if thin_lines and len(seeds) > 1:
         for points in seeds:
             axes.plot(*points.T, color=style['color'], linewidth=0.6, alpha=0.35)
     mean = _mean(seeds)

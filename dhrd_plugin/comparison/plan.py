@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dhrd_plugin import files
 from dhrd_plugin.comparison.results import PLAN, RESULTS, CellKey, read_plan
 from dhrd_plugin.errors import UserError, nearest
 from dhrd_plugin.redact import without_secrets
+from dhrd_plugin.training.checks import find_source
 from dhrd_plugin.training.config import (
     Config,
     FromEnvironment,
@@ -23,6 +25,7 @@ from dhrd_plugin.training.config import (
     find_yaml,
     from_environment,
     load_config,
+    loaders,
     merge,
     parse_overrides,
     read_yaml,
@@ -33,9 +36,10 @@ from dhrd_plugin.training.summary import say
 from dhrd_plugin.training.targets import check_targets as check_run
 from dhrd_plugin.training.targets import inputs
 
+OURS = ('run_name', 'output_dir', 'seed')  # of each cell: what no task and no arm may have
 # Where a run writes, and what it says meanwhile, is not what it finds.
-UNSEEN = ('run_name', 'output_dir', 'loggers', 'progress_bar', 'log_to_console', 'console_log_interval')
-EXPORT = 'slim'
+UNSEEN = ('run_name', 'output_dir', 'save_folder', 'loggers', 'progress_bar', 'log_to_console', 'console_log_interval')
+EXPORT, CHECKPOINTS = 'slim', 'checkpoints'
 _OTHER = re.compile(r'\$\{(?!oc\.env:)')  # an interpolation of another key
 
 
@@ -51,6 +55,7 @@ class Comparison(FromEnvironment):
     tasks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     arms: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # by name, what an arm changes in it; likewise
     baseline: str = 'pooled'  # the arm that the others are compared with
+    average: bool = True  # whether tasks are averaged: not where they are settings, such as learning rates
     seeds: list[int] = field(default_factory=lambda: [17, 18, 19])  # each a run of every task and arm
     keep_exports: bool = False  # keep each cell's slim classifier; its predictions are kept in any case
 
@@ -82,8 +87,35 @@ class Cell:
         text = json.dumps(without_secrets(settings), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @cached_property
+    def data(self) -> str | None:
+        """A hash of the files that it reads, rows, rationales and template; None where one of them is not here."""
+        task = self.config.task
+        given = [place for loader in loaders(self.config).values() for place in (loader.source, loader.rationales)]
+        places = [find_source(place) for place in given if place and not place.startswith('hub:')]
+        places += [task] if isinstance(task, str) and task.endswith(('.yaml', '.yml')) else []
+        if not all(Path(place).exists() for place in places):
+            return None
+        digest = hashlib.sha256()
+        for path in [path for place in places for path in _files(Path(place))]:
+            digest.update(_digest(path, path.stat().st_mtime_ns, path.stat().st_size))
+        return digest.hexdigest()[:16]
+
     def __str__(self) -> str:
         return f'{self.task} {self.arm} seed {self.seed}'
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
+
+
+@lru_cache
+def _digest(path: Path, changed_at: int, size: int) -> bytes:
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False) -> Comparison:
@@ -110,6 +142,8 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), quiet: bool
     for key in ('tasks', 'arms', 'seeds'):
         if not getattr(comparison, key):
             raise UserError(f'{path}: {key}: found none; expected at least one')
+    if len(set(comparison.seeds)) < len(comparison.seeds):
+        raise UserError(f'{path}: seeds: found {comparison.seeds}; expected each once')
     for key in ('tasks', 'arms'):
         for name in getattr(comparison, key):
             if not re.fullmatch(r'\w[\w.-]*', name):
@@ -146,6 +180,10 @@ def build_cells(comparison: Comparison, where: str | Path = 'comparison', only: 
         only: the one cell to build, if the comparison has it. Default: all.
     """
     seeds, tasks, arms = comparison.seeds, comparison.tasks, comparison.arms
+    for kind, planned in {'tasks': tasks, 'arms': arms}.items():
+        for name, key in [(name, key) for name, changes in planned.items() for key in OURS if key in (changes or {})]:
+            found = planned[name][key]  # pyright: ignore[reportOptionalSubscript]
+            raise UserError(f'{where}: {kind}.{name}.{key}: found {found!r}; expected none, as each cell has its own')
     keys = [(task, arm, seed) for seed in seeds for task in tasks for arm in arms]
     return [_build_cell(comparison, *key, where) for key in keys if only in (None, key)]
 
@@ -170,6 +208,8 @@ def _build_cell(comparison: Comparison, task: str, arm: str, seed: int, where: s
     config = load_config(comparison.base, layers=layers)
     if not used(config.eval_loaders):
         raise UserError(f'{where}: tasks.{task}.eval_loaders: found none; expected the rows to compare on')
+    if config.save_folder is not None:  # its own: wherever it is, another cell would go on from its checkpoints
+        config.save_folder = str(folder / CHECKPOINTS)
     return Cell(task, arm, seed, config)
 
 
@@ -210,9 +250,11 @@ def check_plan(comparison: Comparison, where: str | Path) -> None:
     """
     path = Path(comparison.output_dir) / PLAN
     stored, _ = read_plan(path)
-    for key in ('tasks', 'arms', 'baseline', 'seeds'):
-        wanted = getattr(comparison, key)
-        wanted, found = ([*wanted], [*stored[key]]) if key != 'baseline' else (wanted, stored[key])
+    for key in ('tasks', 'arms', 'baseline', 'average', 'seeds'):
+        wanted, found = (
+            value if isinstance(value, str | bool) else [*value]
+            for value in (getattr(comparison, key), stored.get(key, True))  # an older plan has no ``average``
+        )
         if found != wanted:
             raise UserError(
                 f'{path}: {key}: found {found!r}, where {where} has {wanted!r} now; '

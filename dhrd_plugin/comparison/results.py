@@ -48,6 +48,7 @@ class Results:
     tasks: list[str]  # in the order in which they are shown
     arms: list[str]  # likewise
     seeds: list[int]  # likewise
+    average: bool  # whether tasks are averaged
     text: str  # ``comparison.yaml`` as it is
     sets: list[Rows]  # the evaluation sets, as (task, split); the first of a task is the one that counts
     records: dict[tuple[str, str, str, int], dict[str, Any]]  # a line of ``results.jsonl`` by task, split, arm and seed
@@ -105,6 +106,7 @@ def read_results(folder: Path) -> Results:
         tasks=tasks,
         arms=arms,
         seeds=seeds,
+        average=plan.get('average', True) is True or len(tasks) == 1,
         text=text,
         sets=sorted(splits, key=lambda rows: tasks.index(rows[0])),  # stable: splits stay in the file's order
         records=records,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dhrd_plugin.comparison import paper
-from dhrd_plugin.comparison.charts import Chart, describe, draw_curves, draw_differences, draw_scores
+from dhrd_plugin.comparison.charts import FEW, Chart, describe, draw_curves, draw_differences, draw_scores
 from dhrd_plugin.comparison.results import PLAN, CellKey, Results, Rows
 from dhrd_plugin.comparison.statistics import (
     POWER,
@@ -26,7 +26,12 @@ Record = dict[str, Any]  # a line of results.jsonl
 NONE = '\N{EM DASH}'
 SPACE = '\N{NO-BREAK SPACE}'
 SHOWN = 12  # missing cells that are named
-ORDER = {'gain': 'a gain', 'loss': 'a loss', 'no difference shown': 'no difference shown'}
+ORDER = {
+    'gain': 'a gain',
+    'loss': 'a loss',
+    'no difference shown': 'no difference shown',
+    'no verdict': 'no verdict yet',
+}
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,14 @@ def build_report(results: Results) -> Report:
     if statistics.scores:
         sections.append(cost(results))
     if curves := draw_curves(results):
-        text = 'Means over seeds, and thin lines for each seed. A point of a long series is the mean of some steps.'
+        thin = ', and thin lines for each seed' if len(results.arms) <= FEW else ''
+        text = f'Means over seeds{thin}. A point of a long series is the mean of some steps.'
         sections.append(Section('While it trained', [text], charts=curves))
     models = dict.fromkeys(record['model'] for record in results.records.values())
     backbones = dict.fromkeys(name for model in models if (name := paper.backbone(model)))
     sections += [_from_paper(name, results, statistics) for name in backbones]
     sections.append(_making(results))
-    return Report(results.name, _answer(results, statistics), _state(results), sections)
+    return Report(results.name, _answer(results, statistics), _state(results, statistics), sections)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -100,6 +106,11 @@ def _text(value: float | None, form: str) -> str:
 def _answer(results: Results, statistics: Statistics) -> str:
     """One sentence from the verdicts; a difference whose interval spans zero is never more than "not shown"."""
     found = statistics.average_differences
+    if not results.average and statistics.differences:
+        return (
+            f'Each of {_listed(statistics.common)} is compared with {results.baseline} by itself, below: they are '
+            'settings, so there is no average, and no one answer.'
+        )
     if not found:
         return (
             f'Nothing can be said yet: no task has results of {results.baseline} and of all the other arms that have '
@@ -107,8 +118,13 @@ def _answer(results: Results, statistics: Statistics) -> str:
         )
     over = statistics.common
     where = f'on average over {_listed(over)}' if len(over) > 1 else f'on {over[0]}'
+    full = max(value.seeds for value in found.values())
     arms = {
-        verdict: [f'{arm} ({describe(value)} points)' for arm, value in found.items() if value.verdict == verdict]
+        verdict: [
+            f'{arm} ({describe(value)} points{_fewer(value, full, ", {}")})'
+            for arm, value in found.items()
+            if value.verdict == verdict
+        ]
         for verdict in ORDER
     }
     parts = [f'{ORDER[verdict]} for {_listed(names)}' for verdict, names in arms.items() if names]
@@ -119,10 +135,16 @@ def _basis(found: Iterable[Difference]) -> str:
     seeds = sorted({value.seeds for value in found})
     if seeds == [1]:
         return 'one seed, so the 95 % intervals are over rows alone'
-    return f'{" to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds, 95 % intervals'
+    alone = ', of one seed over rows alone' if 1 in seeds else ''
+    return f'{" to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds, 95 % intervals{alone}'
 
 
-def _state(results: Results) -> list[str]:
+def _fewer(value: Estimate, full: int, form: str = f'{SPACE}({{}})') -> str:
+    """How many seeds a value is of, where they are not ``full``."""
+    return '' if value.seeds == full else form.format(f'{value.seeds}{SPACE}seed{"s" * (value.seeds > 1)}')
+
+
+def _state(results: Results, statistics: Statistics) -> list[str]:
     """What is missing, too much or learnt nothing, a sentence for each; none where all is as it should be."""
     constant = [  # a gain over a classifier that tells no rows apart, or its loss, says little else
         (rows[0], arm, seed)
@@ -134,6 +156,15 @@ def _state(results: Results) -> list[str]:
     texts = []
     if constant:
         texts.append(f'The same label for every row, whatever it says: {_cells(constant)}.')
+    unpaired = [
+        f'{task} {arm}'
+        for (task, split), arm in statistics.scores
+        if arm != results.baseline and ((task, split), arm) not in statistics.differences
+    ]
+    if unpaired:
+        texts.append(
+            f'No seed in common with {results.baseline}, so not compared: {_listed([*dict.fromkeys(unpaired)])}.'
+        )
     if results.missing:
         texts.append(f'{len(results.missing)} of {results.planned} cells missing: {_cells(results.missing)}.')
     if results.extra:
@@ -163,13 +194,17 @@ def _scores(results: Results, statistics: Statistics) -> Section:
     """Means with intervals, averages, relative differences and verdicts."""
     arms, sets, full = results.arms, results.main_sets, len(results.seeds)
     columns = list[Column]()
-    if len(sets) > 1:
+    if len(sets) > 1 and results.average:
         columns.append(('average', {arm: _percent(statistics.averages.get(arm), full) for arm in arms}))
     found = statistics.average_differences
-    columns += [
-        (f'relative to {results.baseline}', {arm: _relative(statistics.relative.get(arm)) for arm in arms}),
-        ('verdict', {arm: found[arm].verdict if arm in found else NONE for arm in arms}),
-    ]
+    columns += (
+        []
+        if not results.average
+        else [
+            (f'relative to {results.baseline}', {arm: _relative(statistics.relative.get(arm)) for arm in arms}),
+            ('verdict', {arm: found[arm].verdict + _fewer(found[arm], full) if arm in found else NONE for arm in arms}),
+        ]
+    )
     tables = [_score_table(results, statistics, sets, columns), *_constant(results, sets)]
     metrics = [(rows, name) for rows in sets for name in results.example(rows)['task_metrics']]
     if len(metrics) > len(sets):
@@ -233,9 +268,7 @@ def _percent(value: Estimate | None, full: int) -> str:
     """A score such as ``71.2 [65.0, 77.1]``, with its seeds where they are not ``full``."""
     if value is None:
         return NONE
-    seeds = '' if value.seeds == full else f' ({value.seeds}{SPACE}seed{"s" if value.seeds > 1 else ""})'
-    low, high = 100 * max(0.0, value.low), 100 * min(1.0, value.high)
-    return f'{100 * value.value:.1f} [{low:.1f},{SPACE}{high:.1f}]{seeds}'
+    return f'{100 * value.value:.1f} [{100 * value.low:.1f},{SPACE}{100 * value.high:.1f}]{_fewer(value, full)}'
 
 
 def _relative(value: Estimate | None) -> str:
@@ -255,7 +288,7 @@ def _how_scored(results: Results, statistics: Statistics) -> list[str]:
         several = '; '.join(several)
         texts.append(f'A task with more than one metric is scored by their mean, as in the paper: {several}.')
     left = [task for task, _ in results.main_sets if task not in statistics.common]
-    if left and statistics.common:
+    if left and statistics.common and results.average:
         texts.append(
             f'Averages are over {_listed(statistics.common)}, which all arms that have begun have results of; '
             f'{_listed(left)} {"is" if len(left) == 1 else "are"} left out.'
@@ -269,8 +302,9 @@ def _how_scored(results: Results, statistics: Statistics) -> list[str]:
 def _differences(results: Results, statistics: Statistics) -> Section:
     """The forest plot and its numbers."""
     sets = results.main_sets
-    texts = [*_how_sure(results), *_too_small(results, statistics, sets)]
-    tables = _difference_tables(results, statistics, sets, statistics.average_differences)
+    texts = [*_how_sure(results, statistics), *_too_small(results, statistics, sets)]
+    averages = statistics.average_differences if results.average else None
+    tables = _difference_tables(results, statistics, sets, averages)
     return Section(f'Difference from {results.baseline}', texts, tables, [draw_differences(results, statistics)])
 
 
@@ -281,8 +315,9 @@ def _difference_tables(
     arms = [arm for arm in results.arms if arm != results.baseline]
     found = [(rows[0], {arm: statistics.differences.get((rows, arm)) for arm in arms}) for rows in sets]
     found += [('average', dict(averages))] if averages is not None and len(sets) > 1 else []
+    full = len(results.seeds)
     shown = {
-        f'Difference from {results.baseline} in points, 95 % interval, verdict': _judged,
+        f'Difference from {results.baseline} in points, 95 % interval, verdict': lambda value: _judged(value, full),
         f'Smallest difference that would be shown in {100 * POWER:.0f} % of cases, in points': _smallest,
     }
     return [
@@ -313,29 +348,31 @@ def _too_small(results: Results, statistics: Statistics, sets: Sequence[Rows]) -
     return texts
 
 
-def _judged(value: Difference | None) -> str:
-    return NONE if value is None else f'{describe(value)} {value.verdict}'
+def _judged(value: Difference | None, full: int) -> str:
+    return NONE if value is None else f'{describe(value)} {value.verdict}{_fewer(value, full)}'
 
 
-def _how_sure(results: Results) -> list[str]:
+def _how_sure(results: Results, statistics: Statistics) -> list[str]:
     grouped = results.grouped()
     groups = f' (in {_listed(grouped)} groups of rows, such as questions)' if grouped else ''
-    drawn = f'rows{groups}' if len(results.seeds) == 1 else f'seeds and rows{groups} with replacement, crossed'
+    seeds = {value.seeds for value in statistics.differences.values()}
+    two = "the error of the mean over seeds, by Student's t of as few as they are, and " if max(seeds) > 1 else ''
     texts = [
-        f'Intervals hold 95 % of {RESAMPLES:,} resamples of {drawn}; the draws are the same for all arms, so that '
-        'differences are paired. A difference is a gain or a loss only where its interval excludes zero (a filled '
-        'mark); elsewhere none is shown, which does not mean that there is none.'
+        f'Intervals of 95 % are made of {two}the error over {RESAMPLES:,} resamples of rows{groups}, whose draws are '
+        'the same for all arms, so that differences are paired. A difference is a gain or a loss only where its '
+        'interval excludes zero (a filled mark); elsewhere none is shown, which does not mean that there is none.',
+        f'The smallest difference that would be shown in {100 * POWER:.0f} % of cases is half of such an interval and '
+        f'as much again as {100 * POWER:.0f} % take: 2.8 standard errors where rows alone vary, more with few seeds.',
     ]
-    texts.append(
-        f'The smallest difference that would be shown in {100 * POWER:.0f} % of cases is 2.8 standard errors of those '
-        'resamples, the minimum detectable effect.'
-    )
-    if len(results.seeds) == 1:
-        texts.append('With one seed the interval is over rows alone, and says nothing of what another seed would give.')
-    else:
+    if 1 in seeds:
+        verdict = '; it is no verdict' if len(results.seeds) > 1 else ''
         texts.append(
-            'A few seeds tell little of how much runs differ: where they differ by more than their rows explain, '
-            'these intervals are still too narrow.'
+            f'With one seed the interval is over rows alone, and says nothing of what another seed would give{verdict}.'
+        )
+    if max(seeds) > 1:
+        texts.append(
+            'The fewer the seeds, the wider the interval: 12.7 standard errors of their mean to either side with two, '
+            '4.3 with three, 2.8 with five. It holds the truth at least as often as it says.'
         )
     if (len(results.arms) - 1) * len(results.main_sets) > 1:
         texts.append(

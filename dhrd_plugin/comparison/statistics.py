@@ -1,17 +1,16 @@
-"""How sure a comparison is: scores, 95 % bootstrap intervals over seeds and rows, and paired tests.
+"""How sure a comparison is: scores, 95 % intervals over seeds and rows, and paired tests.
 
-A resample draws the seeds and, crossed with them, the rows of an evaluation set (its groups where it has
-them, such as MultiRC's questions). The draws are the same for all arms, so that a difference is paired.
-
-Drawn from S seeds, their mean varies by (S - 1) / S of what it should, which matters with as few as are usual;
-so what the draw of seeds adds is scaled by sqrt(S / (S - 1)) (Hesterberg, "What Teachers Should Know About the
-Bootstrap", 2015, on narrowness bias). That is no cure where seeds differ by much more than rows would make them.
+Two things vary: the seeds, and the rows of an evaluation set. What the seeds add is the variance of the values that
+they give; what the rows add is that over resamples of the rows (of their groups where they have them, such as
+MultiRC's questions), seeds being as they are. The draws are the same for all arms, so that a difference is paired, and
+for all tasks that have the same rows. Seeds are too few to be resampled: of two to five that differ much, a bootstrap
+finds a difference in up to a quarter of the cases where there is none. :func:`reach` makes an interval of both.
 """
 
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -29,30 +28,37 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % percentile interval."""
+    """A value and its 95 % interval; see :func:`reach`."""
 
     value: float  # on all seeds and rows
-    low: float  # the 2.5th percentile of the resamples
-    high: float  # the 97.5th
-    seeds: int  # the fewest seeds behind it; with one the interval is over rows alone
+    low: float  # of the interval
+    high: float  # likewise
+    seeds: int  # behind it; with one the interval is over rows alone
 
 
 @dataclass(frozen=True)
 class Difference(Estimate):
     """An arm minus the baseline, on the seeds that both have."""
 
-    error: float = 0.0  # the standard error: the standard deviation of the resamples
+    by_rows: float = 0.0  # the standard error that rows alone make
+    by_seeds: float = 0.0  # that of the mean over seeds
+    lone: bool = False  # of one seed where more are planned: no verdict yet
+
+    @property
+    def error(self) -> float:
+        """The standard error."""
+        return (self.by_rows**2 + self.by_seeds**2) ** 0.5
 
     @property
     def detectable(self) -> float:
         """The smallest true difference that such a comparison, of as many rows and seeds, shows in 80 % of cases.
 
-        ``(z(0.975) + z(0.8)) * error``, about 2.8 standard errors: Bloom, "Minimum Detectable Effects" (Evaluation
-        Review 19(5), 1995), for a two-sided test at 5 %. The standard error is that of the paired resamples, so the
-        more rows both arms have right or wrong together, the smaller it is. For an accuracy and one seed it is
-        McNemar's, ``sqrt((b + c - (b - c)^2 / n)) / n``, with b and c of :class:`McNemar`, and n rows.
+        Half of the interval, and as much again as 80 % take: 2.8 standard errors where rows alone vary. See Bloom,
+        "Minimum Detectable Effects" (Evaluation Review 19(5), 1995), for a two-sided test at 5 %. Rows are paired, so
+        the more of them both arms have right or wrong together, the smaller it is. For an accuracy and one seed the
+        standard error is McNemar's, ``sqrt((b + c - (b - c)^2 / n)) / n``, with b and c of :class:`McNemar`, n rows.
         """
-        return (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(POWER)) * self.error
+        return sum(float(reach(share, self.by_rows, self.by_seeds, self.seeds)) for share in (0.975, POWER))
 
     @property
     def too_small(self) -> bool:
@@ -61,7 +67,12 @@ class Difference(Estimate):
 
     @property
     def verdict(self) -> str:
-        """``gain`` or ``loss`` only where the interval excludes zero, else ``no difference shown``."""
+        """``gain`` or ``loss`` only where the interval excludes zero, else ``no difference shown``.
+
+        ``no verdict`` of one seed where more are planned: its interval says nothing of the others.
+        """
+        if self.lone:
+            return 'no verdict'
         if self.low > 0:
             return 'gain'
         return 'loss' if self.high < 0 else 'no difference shown'
@@ -86,7 +97,7 @@ class Statistics:
     differences: dict[tuple[Rows, str], Difference]  # of each evaluation set and arm, to the baseline
     tests: dict[tuple[Rows, str, int], McNemar]  # of each evaluation set, arm and seed
     common: list[str]  # the tasks that all arms with results have; averages are over these
-    averages: dict[str, Estimate]  # of each arm, the mean of the scores of the common tasks
+    averages: dict[str, Estimate]  # of each arm, the mean of the scores of the common tasks; none where unwanted
     average_differences: dict[str, Difference]  # of each arm, to the baseline
     relative: dict[str, Estimate]  # of each arm, average(arm) / average(baseline) - 1, as the paper's "rel."
 
@@ -159,7 +170,27 @@ def resample(counts: Floats, resamples: int, rng: np.random.Generator) -> Floats
     return np.concatenate(sums)
 
 
-# ------------------------------------------------------------------------- scores of resampled seeds
+# ------------------------------------------------------------------------------- how sure a mean is
+
+
+def reach(share: float, by_rows: float, by_seeds: float | Floats, seeds: int) -> float | Floats:
+    """How far below a mean over seeds the truth lies in no more than this share of cases, and as far above it.
+
+    ``sqrt((z * by_rows)^2 + (t * by_seeds)^2)``, with the normal quantile and Student's of S - 1 degrees: Banerjee,
+    "Approximate confidence interval for linear functions of means of k populations when the population variances
+    are not equal" (Sankhya 22, 1960). It holds at least as often as it says. One quantile of Welch's and
+    Satterthwaite's degrees would not: where two seeds happen to be alike, it takes them for many. The seeds' own noise
+    by rows is in both errors, which errs on the safe side too.
+
+    Args:
+        share: 0.975 for a two-sided interval of 95 %.
+        by_rows: the standard deviation of the mean over resamples of the rows, seeds being as they are.
+        by_seeds: the standard deviation of the S values over the root of S; [...] of them; 0 of one seed.
+        seeds: S.
+    """
+    from scipy.stats import norm, t
+
+    return np.hypot(norm.ppf(share) * by_rows, t.ppf(share, max(1, seeds - 1)) * by_seeds)
 
 
 @dataclass(frozen=True)
@@ -168,27 +199,14 @@ class Sampled:
 
     full: dict[str, dict[int, float]]  # of each arm, the score on all rows by seed
     drawn: dict[str, dict[int, Floats]]  # of each arm, [B] scores on the resampled rows by seed
-    picks: Floats  # [B, S] numbers in [0, 1) that choose the seeds of a resample, for all arms alike
-
-    def mean(self, arm: str, seeds: Sequence[int]) -> tuple[float, Floats]:
-        """An arm's mean over S seeds, and [B] means over S seeds drawn from them."""
-        count = len(seeds)
-        chosen = (self.picks[:, :count] * count).astype(int)
-        scores = np.stack([self.drawn[arm][seed] for seed in seeds], axis=1)
-        centre, drawn = scores.mean(1), np.take_along_axis(scores, chosen, 1).mean(1)
-        widened = centre + (count / max(1, count - 1)) ** 0.5 * (drawn - centre)
-        return float(np.mean([self.full[arm][seed] for seed in seeds])), widened
-
-    def shared(self, arm: str, other: str) -> list[int]:
-        """The seeds that both arms have."""
-        return [seed for seed in self.full.get(arm, {}) if seed in self.full.get(other, {})]
 
 
 def sample(results: Results, rows: Rows, resamples: int = RESAMPLES) -> Sampled:
     """Score every cell of an evaluation set on the same resamples of its rows."""
-    rng = np.random.default_rng([SEED, zlib.crc32('/'.join(rows).encode())])
     cells = {(arm, seed): record for arm in results.arms for seed, record in results.cells(rows, arm).items()}
     example = next(iter(cells.values()))
+    same_rows = zlib.crc32(json.dumps(example['ids']).encode())  # tasks of the same rows, which vary together
+    rng = np.random.default_rng([SEED, same_rows])
     clusters, classes, names = cluster(example['groups']), len(example['label_names']), example['task_metrics']
     counts = [count(record['labels'], record['predictions'], clusters, classes) for record in cells.values()]
     sums = resample(np.concatenate(counts, axis=1), resamples, rng).reshape(resamples, len(cells), -1)
@@ -199,7 +217,7 @@ def sample(results: Results, rows: Rows, resamples: int = RESAMPLES) -> Sampled:
         _check(record, values)
         full.setdefault(arm, {})[seed] = float(np.mean([*values.values()]))
         drawn.setdefault(arm, {})[seed] = np.mean([measure(name, sums[:, index]) for name in names], axis=0)
-    return Sampled(full, drawn, rng.random((resamples, len(results.seeds))))
+    return Sampled(full, drawn)
 
 
 def _check(record: Mapping[str, Any], values: Mapping[str, float]) -> None:
@@ -220,49 +238,62 @@ def analyse(results: Results, resamples: int = RESAMPLES) -> Statistics:
 
     Args:
         results: see :func:`~dhrd_plugin.comparison.results.read_results`.
-        resamples: of the bootstrap. The draws are seeded: the same results give the same intervals. Default: 10,000.
+        resamples: of the rows. The draws are seeded: the same results give the same intervals. Default: 10,000.
     """
     sets = {rows: sample(results, rows, resamples) for rows in results.sets}
     base, mains = results.baseline, results.main_sets
     started = [arm for arm in results.arms if any(arm in sets[rows].full for rows in mains)]
     common = [rows for rows in mains if all(arm in sets[rows].full for arm in started)]
-    tasks = [sets[rows] for rows in common]
-    scores = {(rows, arm): _score([sampled], arm) for rows, sampled in sets.items() for arm in sampled.full}
-    average = {arm: found for arm in started if (found := _compared(tasks, arm, base))}
+    tasks = [sets[rows] for rows in common] if results.average else []
+    scores = {(r, arm): found for r, one in sets.items() for arm in one.full if (found := _score([one], arm))}
+    several = len(results.seeds) > 1
+    average = {arm: found for arm in started if (found := _compared(tasks, arm, base, several))}
     return Statistics(
         scores=scores,
         metrics={key: _means(results.cells(*key)) for key in scores},
-        differences={key: found[0] for key in scores if (found := _compared([sets[key[0]]], key[1], base))},
+        differences={key: found[0] for key in scores if (found := _compared([sets[key[0]]], key[1], base, several))},
         tests={key: test for rows, arm in scores for key, test in _tests(results, rows, arm).items()},
         common=[task for task, _ in common],
-        averages={arm: _score(tasks, arm) for arm in started if tasks},
+        averages={arm: found for arm in started if (found := _score(tasks, arm))},
         average_differences={arm: difference for arm, (difference, _) in average.items()},
         relative={arm: relative for arm, (_, relative) in average.items() if relative},
     )
 
 
-def _score(tasks: Sequence[Sampled], arm: str) -> Estimate:
-    seeds = [[*task.full[arm]] for task in tasks]
-    return Estimate(*_interval(*_over(tasks, arm, seeds)), min(map(len, seeds)))
-
-
-def _compared(tasks: Sequence[Sampled], arm: str, base: str) -> tuple[Difference, Estimate | None] | None:
-    """An arm minus the baseline, and relative to it where that is above zero in every resample."""
-    seeds = [task.shared(arm, base) for task in tasks]
-    if arm == base or not tasks or not all(seeds):
+def _score(tasks: Sequence[Sampled], arm: str) -> Estimate | None:
+    if not (seeds := _shared(tasks, arm)):
         return None
-    (value, drawn), (other, drawn_base) = _over(tasks, arm, seeds), _over(tasks, base, seeds)
-    fewest = min(map(len, seeds))
-    error = float(np.std(drawn - drawn_base))
-    difference = Difference(*_interval(value - other, drawn - drawn_base), fewest, error)
-    if other <= 0 or (drawn_base <= 0).any():
+    by_seed, drawn = _over(tasks, arm, seeds)
+    value, low, high, *_ = _interval(by_seed.mean(), by_seed, drawn)
+    return Estimate(value, max(0.0, low), min(1.0, high), len(seeds))
+
+
+def _compared(
+    tasks: Sequence[Sampled], arm: str, base: str, several: bool
+) -> tuple[Difference, Estimate | None] | None:
+    """An arm minus the baseline, and relative to it where that is above zero in every resample.
+
+    ``several``: more than one seed is planned.
+    """
+    if arm == base or not (seeds := _shared(tasks, arm, base)):
+        return None
+    (ours, drawn), (theirs, drawn_base) = _over(tasks, arm, seeds), _over(tasks, base, seeds)
+    mean = theirs.mean()
+    value, low, high, *more = _interval((ours - theirs).mean(), ours - theirs, drawn - drawn_base)
+    difference = Difference(value, max(-1.0, low), min(1.0, high), *more, lone=several and len(seeds) == 1)
+    if mean <= 0 or (drawn_base <= 0).any():
         return difference, None
-    return difference, Estimate(*_interval(value / other - 1, drawn / drawn_base - 1), fewest)
+    ratio = ours.mean() / mean  # it varies as its linear part does
+    found = _interval(ratio - 1, (ours - ratio * theirs) / mean, (drawn - ratio * drawn_base) / mean)
+    return difference, Estimate(*found[:4])
 
 
-def _interval(value: float, drawn: Floats) -> tuple[float, float, float]:
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return value, float(low), float(high)
+def _interval(value: float, by_seed: Floats, drawn: Floats) -> tuple[float, float, float, int, float, float]:
+    """The value, the ends of its interval, how many seeds it is of, and what rows and seeds make of its error."""
+    seeds = len(by_seed)
+    by_rows, by_seeds = float(drawn.std()), float(by_seed.std(ddof=1) / seeds**0.5) if seeds > 1 else 0.0
+    half = float(reach(0.975, by_rows, by_seeds, seeds))
+    return float(value), float(value) - half, float(value) + half, seeds, by_rows, by_seeds
 
 
 def _means(cells: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
@@ -271,9 +302,16 @@ def _means(cells: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(np.mean([record['metrics'][name] for record in records])) for name in names}
 
 
-def _over(tasks: Sequence[Sampled], arm: str, seeds: Sequence[Sequence[int]]) -> tuple[float, Floats]:
-    means = [task.mean(arm, found) for task, found in zip(tasks, seeds)]
-    return float(np.mean([value for value, _ in means])), np.mean([drawn for _, drawn in means], axis=0)
+def _shared(tasks: Sequence[Sampled], *arms: str) -> list[int]:
+    """The seeds that each of these tasks has of each of these arms."""
+    found = [task.full.get(arm, {}) for task in tasks for arm in arms]
+    return [seed for seed in found[0] if all(seed in seeds for seeds in found)] if found else []
+
+
+def _over(tasks: Sequence[Sampled], arm: str, seeds: Sequence[int]) -> tuple[Floats, Floats]:
+    """[S] the mean of the tasks by seed, and [B] the mean of tasks and seeds by resample of the rows."""
+    by_seed = np.mean([[task.full[arm][seed] for seed in seeds] for task in tasks], axis=0)
+    return by_seed, np.mean([task.drawn[arm][seed] for task in tasks for seed in seeds], axis=0)
 
 
 def _tests(results: Results, rows: Rows, arm: str) -> dict[tuple[Rows, str, int], McNemar]:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from forks import Popen
-from plans import COMPARISON, SHORT, write
+from plans import COMPARISON, SHORT, load, write
 from runs import finish, kill, launch, wait_for, write_run
 
+from dhrd_plugin.checkpoints import lock
 from dhrd_plugin.comparison import cells as room
 from dhrd_plugin.comparison.cells import OUTPUT, compare, main
+from dhrd_plugin.comparison.plan import build_cells
 from dhrd_plugin.comparison.results import PLAN, RESULTS, read_lines
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError
@@ -174,7 +176,7 @@ def test_only_what_is_new_is_run(straight, run_folder, tmp_path, capsys):
     out = tmp_path / 'out'
     out.mkdir()
     copy_results(straight, out)
-    arms = {**COMPARISON['arms'], 'quiet': SHORT | {'seed': 1}}
+    arms = {**COMPARISON['arms'], 'quiet': SHORT}
     compare(write(run_folder, arms=arms, seeds=[1]), [f'output_dir={out}'])
     assert '4 cells, 3 of them in' in capsys.readouterr().out
     assert [record['arm'] for record in read_lines(out / RESULTS)] == [*['pooled', 'dhrd', 'shuffled'] * 2, 'quiet']
@@ -212,6 +214,10 @@ def test_results_of_other_settings_are_refused(straight, run_folder, tmp_path):
     changed = write(run_folder, tasks={'tiny': {**SHORT, 'max_duration': '7ba'}})
     with pytest.raises(UserError, match=r'results.jsonl: tiny pooled seed 1 was run with other settings'):
         compare(changed, [f'output_dir={tmp_path}'])
+    records = [{**record, 'data': 'another'} for record in straight[0]]
+    (tmp_path / RESULTS).write_text(''.join(f'{json.dumps(record)}\n' for record in records))
+    with pytest.raises(UserError, match='pooled seed 1 was run on other rows'):
+        compare(write(run_folder), [f'output_dir={tmp_path}'])
     (tmp_path / RESULTS).write_text('{"task": "tiny"}\n')
     with pytest.raises(UserError, match=r'results.jsonl, line 1: arm: found'):
         compare(write(run_folder), [f'output_dir={tmp_path}'])
@@ -220,9 +226,14 @@ def test_results_of_other_settings_are_refused(straight, run_folder, tmp_path):
 @pytest.mark.parametrize(
     'override, message',
     [
-        ('baseline=dhrd', "baseline: found 'pooled', where "),
-        ('arms.shuffled=null', "arms: found ['pooled', 'dhrd', 'shuffled'], where "),
-        ('seeds=[1]', 'seeds: found [1, 2], where '),
+        ('baseline=dhrd', "comparison.yaml: baseline: found 'pooled', where "),
+        ('arms.shuffled=null', "comparison.yaml: arms: found ['pooled', 'dhrd', 'shuffled'], where "),
+        ('seeds=[1]', 'comparison.yaml: seeds: found [1, 2], where '),
+        (
+            'tasks.tiny.max_duration=99ba',
+            'results.jsonl: tiny pooled seed 1 was run with other settings than it has now',
+        ),
+        ('arms.dhrd.max_seq_len=8', 'results.jsonl: tiny dhrd seed 1 was run with other settings than it has now'),
     ],
 )
 def test_a_report_is_of_the_plan_that_was_run(straight, run_folder, tmp_path, capsys, override, message):
@@ -230,7 +241,42 @@ def test_a_report_is_of_the_plan_that_was_run(straight, run_folder, tmp_path, ca
     command = [str(write(run_folder)), f'output_dir={tmp_path}', '--report']
     assert main([*command, override]) == 2
     error = capsys.readouterr().err
-    assert f'{PLAN}: {message}' in error and error.count('\n') == 1
+    assert message in error and error.count('\n') == 1
     assert not (tmp_path / 'report.md').exists()
     assert main(command) == 0
     assert (tmp_path / 'report.md').exists()
+
+
+def test_only_the_very_same_cell_goes_on(run_folder, tmp_path):
+    def start(task):
+        (cell, *_) = build_cells(load(run_folder, tmp_path, tasks={'tiny': {**SHORT, **task}}))
+        kept = cell.folder / 'checkpoints/kept'
+        room._clear(cell)
+        was = kept.exists()
+        kept.parent.mkdir(exist_ok=True)
+        kept.touch()
+        return was
+
+    resumed = {'save_folder': 'checkpoints', 'autoresume': True}
+    assert [start(task) for task in (resumed, resumed, {**resumed, 'max_seq_len': 8}, {}, resumed)] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_two_comparisons_at_once_are_told_apart(run_folder, tmp_path, capsys, monkeypatch):
+    yaml = write(run_folder, tasks=LONG, output_dir=str(tmp_path / 'out'))
+    process = launch(yaml, tmp_path, script=SCRIPT)
+    assert wait_for(process, lambda: len(processes(tmp_path)) == 1)
+    monkeypatch.setattr(lock, 'PATIENCE', 0.1)
+    before = {path for path in (tmp_path / 'out').rglob('*') if path.is_dir()}
+    assert main([str(yaml)]) == 2
+    error = capsys.readouterr().err
+    assert f'output_dir: {tmp_path / "out"}: is in use by another run, process {process.pid} on ' in error
+    assert error.count('\n') == 1 and before <= set((tmp_path / 'out').rglob('*'))
+    process.kill()
+    process.wait()
+    assert vanish(tmp_path)

@@ -34,15 +34,29 @@ def test_what_is_no_number_is_left_out():
 
 
 def test_the_baselines_one_loss_stands_beside_the_classification_loss_of_the_others(tmp_path):
-    arms = {arm: ARMS[arm] for arm in ('pooled', 'dhrd_1')}
+    arms = {arm: ARMS[arm] for arm in ('pooled', 'dhrd_1_to_0')}
     results = read_results(make(tmp_path, tasks={'rte': TASKS['rte']}, arms=arms, seeds=(17, 18)))
     charts = {chart.title: chart.alt for chart in draw_curves(results)}
     names = ['Classification loss', 'Reasoning loss', 'alpha, the weight of the reasoning loss']
     assert [*charts] == [*names, 'dhrd/grad/cosine', 'dhrd/grad/norm_ratio']  # neither what is counted nor what is flat
-    assert all('dhrd_1 from' in alt for alt in charts.values())
+    assert all('dhrd_1_to_0 from' in alt for alt in charts.values())
     assert [name for name, alt in charts.items() if 'pooled from' in alt] == ['Classification loss']
     found = [
         thin(cell['series']['loss/train/total']) for cell in results.cells(('rte', 'validation'), 'pooled').values()
     ]
     first, last = (np.mean([points[end, 1] for points in found]) for end in (0, -1))
     assert f'rte: pooled from {first:.3g} to {last:.3g}' in charts['Classification loss']
+
+
+def test_an_alpha_that_no_run_changes_is_no_curve(tmp_path):
+    arms = {arm: ARMS[arm] for arm in ('pooled', 'dhrd_0.3', 'dhrd_1')}
+    found = draw_curves(read_results(make(tmp_path, tasks={'rte': TASKS['rte']}, arms=arms, seeds=(17,))))
+    assert 'curve-dhrd-alpha' not in {chart.name for chart in found} and len(found) == 4
+    assert '>Reasoning loss</text>' in found[1].svg  # what the numbers on the left are
+
+
+@pytest.mark.parametrize('arms', [4, 5])
+def test_seeds_have_lines_of_their_own_where_arms_are_few(tmp_path, arms):
+    few = dict([*ARMS.items()][:arms])
+    (chart, *_) = draw_curves(read_results(make(tmp_path, tasks={'rte': TASKS['rte']}, arms=few, seeds=(17, 18))))
+    assert ('opacity: 0.35' in chart.svg) == (arms == 4)

@@ -200,6 +200,16 @@ def test_one_seed_and_two_tasks(tmp_path):
     assert 'average' in html and 'The paper on' not in html
 
 
+def test_settings_are_not_averaged(tmp_path):
+    folder = make(tmp_path, seeds=(17,), curves=False)
+    plan = tmp_path / 'comparison.yaml'
+    plan.write_text(f'{plan.read_text()}average: false\n')
+    for text in reported(folder):
+        assert '<th scope="col">average' not in text and '| average |' not in text and 'verdict |' not in text
+        assert 'Radar' not in text and 'Dots with intervals' in text and 'gain' in text
+    assert answer(tmp_path).startswith('Each of cb, multirc and rte is compared with pooled by itself, below')
+
+
 def test_a_partial_comparison_says_so(tmp_path):
     gone = [('rte', 'dhrd_1', seed) for seed in (17, 18, 19)] + [('cb', 'pooled', 17)]
     html, markdown = reported(make(tmp_path, leave_out=gone, curves=False))
@@ -255,3 +265,34 @@ def test_the_papers_figures_stand_beside_those_on_its_backbones(tmp_path, model)
     expected = {'meta-llama/Llama-3.1-8B': '81.9/90.0', 'some/Qwen3-4B-Instruct-2507': '84.3/91.6'}
     assert f'<th scope="row">paper: pooled baseline</th><td>{expected[model]}</td>' in html
     assert 'here: dhrd_0.3' in html and 'seven SuperGLUE tasks' in html
+
+
+def test_few_seeds_are_told_where_they_are(tmp_path):
+    """Of three planned seeds the baseline has two; one arm has all, one has one, one shares none with it."""
+    right = {'pooled': 20, 'full': 21, 'lone': 40, 'apart': 40}
+    cells = [('pooled', 1), ('pooled', 2), ('full', 1), ('full', 2), ('full', 3), ('lone', 1), ('apart', 3)]
+    labels = [0, 1] * 20
+    lines = [
+        line('a', arm, seed, labels, labels[: right[arm]] + [1 - label for label in labels[right[arm] :]])
+        for arm, seed in cells
+    ]
+    for text in reported(write(tmp_path, lines)):
+        assert 'No seed in common with pooled, so not compared: a apart.' in text
+        assert re.search(r'\[.*\] no difference shown\s\(2\sseeds\)', text)
+        assert re.search(r'\[.*\] no verdict\s\(1\sseed\)', text)
+        assert 'says nothing of what another seed would give; it is no verdict.' in text
+    found = answer(tmp_path)
+    assert re.search(
+        r'; no verdict yet for lone \(.* points, 1\sseed\); 1 to 2 seeds, 95 % intervals, of one seed', found
+    )
+    assert 'gain' not in found and 'apart' not in found
+
+
+def test_three_planned_seeds_and_one_that_is_there(tmp_path):
+    plan = {'baseline': 'pooled', 'tasks': {'a': {}}, 'arms': {'pooled': {}, 'arm': {}}, 'seeds': [1, 2, 3]}
+    lines = [line('a', arm, 1, [0, 1] * 40, [0, i] * 40) for i, arm in enumerate(('pooled', 'arm'))]
+    html, _ = reported(write(tmp_path, lines, plan))
+    assert re.search(
+        r': no verdict yet for arm \(.*; one seed, so the 95 % intervals are over rows alone\.$', answer(tmp_path)
+    )
+    assert 'Student' not in html

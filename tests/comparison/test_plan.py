@@ -40,7 +40,8 @@ def test_committed_results_are_of_the_committed_yaml(name, plan, overrides):
 def test_committed_results_are_reported_as_they_were(name, plan, overrides, tmp_path, capsys):
     for file in (PLAN, RESULTS):
         shutil.copy(results(name).with_name(file), tmp_path)
-    assert main([str(ROOT / f'yamls/compare/{plan}.yaml'), f'output_dir={tmp_path}', *overrides, '--report']) == 0
+    command = [str(ROOT / f'yamls/compare/{plan}.yaml'), f'output_dir={tmp_path}', DATA, *overrides, '--report']
+    assert main(command) == 0
     capsys.readouterr()
     assert (tmp_path / 'report.md').read_bytes() == results(name).with_name('report.md').read_bytes()
     assert (tmp_path / PLAN).read_bytes() == results(name).with_name(PLAN).read_bytes()
@@ -65,6 +66,43 @@ def test_a_fingerprint_is_of_what_a_result_depends_on(run_folder, tmp_path, chan
         return build_cells(load(run_folder, tmp_path, tasks={'tiny': task}))[0].fingerprint
 
     assert (fingerprint({**SHORT, **changes}) == fingerprint(SHORT)) is same
+
+
+@pytest.mark.parametrize('folder', ['${output_dir}/checkpoints', 'fixed', 's3://bucket/one'])
+def test_no_cell_goes_on_from_the_checkpoints_of_another(run_folder, tmp_path, folder):
+    def built(save_folder):
+        saving = {**SHORT, 'save_folder': save_folder, 'autoresume': True}
+        return build_cells(load(run_folder, tmp_path, tasks={'tiny': saving}))
+
+    cells = built(folder)
+    assert [cell.config.save_folder for cell in cells] == [str(cell.folder / 'checkpoints') for cell in cells]
+    assert len({cell.config.save_folder for cell in cells}) == len(cells) == 6
+    assert [cell.fingerprint for cell in cells] == [cell.fingerprint for cell in built('elsewhere')]
+
+
+@pytest.mark.parametrize('changed', ['train.jsonl', 'validation.jsonl', 'rationales.jsonl', 'template.yaml'])
+def test_what_a_cell_reads_has_a_hash_of_its_own(run_folder, tmp_path, changed):
+    for name in ('train.jsonl', 'validation.jsonl'):
+        shutil.copy(run_folder / name, tmp_path)
+    (tmp_path / 'rationales.jsonl').write_text('{"idx": 1, "rationale": "so"}\n')
+    (tmp_path / 'template.yaml').write_text('prompt: "{text}"\nid: idx\n')
+    loader = {'source': str(tmp_path / 'train.jsonl'), 'rationales': str(tmp_path / 'rationales.jsonl')}
+    task = {
+        **SHORT,
+        'task': str(tmp_path / 'template.yaml'),
+        'train_loader': loader,
+        'eval_loaders': {'validation': {'source': str(tmp_path / 'validation.jsonl')}},
+    }
+
+    def built():
+        return build_cells(load(run_folder, tmp_path / 'out', tasks={'tiny': task}))[0]
+
+    first, again = built(), built()
+    assert first.data == again.data is not None
+    (tmp_path / changed).write_text((tmp_path / changed).read_text() + ' \n')
+    assert built().data not in (first.data, None) and built().fingerprint == first.fingerprint
+    (tmp_path / changed).unlink()
+    assert built().data is None
 
 
 def test_null_leaves_a_task_or_an_arm_out_and_says_so(run_folder, tmp_path, capsys):
@@ -99,6 +137,10 @@ def test_a_dot_in_the_name_of_an_arm_is_part_of_it(run_folder, tmp_path):
         ({'arms': {'pooled': {'train_loader': {'contrl': 'x'}}}}, 'arms.pooled: train_loader.contrl: unknown key'),
         ({'arms': {'pooled': {'train_loader': {'control': 'Only'}}}}, "train_loader.control: found 'Only'"),
         ({'tasks': {'tiny': {'max_duration': 'long'}}}, 'max_duration: found'),
+        ({'seeds': [1, 2, 1]}, 'seeds: found [1, 2, 1]; expected each once'),
+        ({'arms': {'pooled': {'seed': 5}}}, 'arms.pooled.seed: found 5; expected none, as each cell has its own'),
+        ({'arms': {'pooled': {'run_name': 'x'}}}, "arms.pooled.run_name: found 'x'; expected none"),
+        ({'tasks': {'tiny': {'output_dir': 'x'}}}, "tasks.tiny.output_dir: found 'x'; expected none"),
         ({'tasks': {'tiny': {'eval_loaders': {'validation': None}}}}, 'tasks.tiny.eval_loaders: found none'),
     ],
 )

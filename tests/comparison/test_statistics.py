@@ -12,6 +12,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from dhrd_plugin.comparison.results import read_results
 from dhrd_plugin.comparison.statistics import (
     Difference,
+    Sampled,
+    _compared,
     analyse,
     chance,
     cluster,
@@ -19,8 +21,8 @@ from dhrd_plugin.comparison.statistics import (
     is_constant,
     mcnemar,
     measure,
+    reach,
     resample,
-    sample,
 )
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.metrics import build_metrics
@@ -105,15 +107,67 @@ def test_intervals_over_rows_are_those_of_scipy(tmp_path):
     assert difference.seeds == 1
 
 
-def test_an_interval_over_seeds_has_the_spread_of_their_mean(tmp_path):
-    """Every row alike within a run: nothing varies but the seeds, whose standard error is known."""
+def test_an_interval_over_seeds_alone_is_students(tmp_path):
+    """Every row alike within a run: nothing varies but the seeds."""
     values = {1: 1, 2: 0, 3: 1, 4: 1, 5: 0, 6: 1}
     lines = [line('a', 'pooled', seed, [0] * 5, [1 - value] * 5) for seed, value in values.items()]
     lines += [line('a', 'arm', seed, [0] * 5, [0] * 5) for seed in values]
-    results = read_results(write(tmp_path, lines))
-    _, drawn = sample(results, ('a', 'validation'), 20000).mean('pooled', [*values])
-    expected = np.std([*values.values()], ddof=1) / len(values) ** 0.5
-    assert drawn.std() == pytest.approx(expected, rel=0.02)
+    found = analyse(read_results(write(tmp_path, lines)))
+    expected = ttest_1samp([1 - value for value in values.values()], 0).confidence_interval()
+    difference = found.average_differences['arm']
+    assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
+    assert difference.detectable == pytest.approx((2.5706 + 0.9195) * difference.error, rel=1e-4)
+    score = found.averages['pooled']
+    assert (score.low, score.high) == pytest.approx((1 - expected.high, 1.0)) and expected.low < 0  # no score is more
+
+
+def test_the_interval_of_one_seed_is_that_of_rows_alone():
+    rows = np.random.default_rng(0).normal(0.7, 0.01, 5000)
+    difference, _ = _compared(
+        [Sampled({'a': {1: 0.7}, 'b': {1: 0.6}}, {'a': {1: rows}, 'b': {1: rows * 0 + 0.6}})], 'a', 'b', False
+    )
+    assert (difference.low, difference.high) == pytest.approx((0.1 - 0.0196, 0.1 + 0.0196), abs=5e-4)
+    assert difference.by_seeds == 0 and difference.detectable == pytest.approx(0.0280, abs=5e-4)
+
+
+@pytest.mark.parametrize('sd', [0.02, 0.05])
+@pytest.mark.parametrize('count', [2, 3, 5])
+def test_a_false_gain_or_loss_is_as_rare_as_it_says(count, sd):
+    """Two arms alike, whose seeds differ by ``sd``, on 2,000 rows; the bootstrap gave up to 25 % of them a verdict."""
+    rng, noise = np.random.default_rng(count), 0.2 / 2000  # by rows: of 20 % of them one arm alone is right
+    by_seed = rng.normal(0, (2 * sd**2 + noise) ** 0.5, (20_000, count))
+    half = reach(0.975, (noise / count) ** 0.5, by_seed.std(1, ddof=1) / count**0.5, count)
+    assert 0.03 <= np.mean(abs(by_seed.mean(1)) > half) <= 0.07
+
+
+@pytest.mark.parametrize('count', [2, 3])
+def test_so_it_is_of_resamples(count):
+    """The same through all of it: seeds that differ by five points, of which the bootstrap took up to 25 % for more."""
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(400):
+        full = {arm: dict(enumerate(0.7 + rng.normal(0, 0.05, count))) for arm in ('pooled', 'arm')}
+        drawn = {arm: {s: v + rng.normal(0, 0.007, 100) for s, v in seeds.items()} for arm, seeds in full.items()}
+        difference, relative = _compared([Sampled(full, drawn)], 'arm', 'pooled', True)
+        wrong += difference.verdict != 'no difference shown'
+        assert relative.value == pytest.approx(difference.value / np.mean([*full['pooled'].values()]))
+    assert wrong <= 0.07 * 400
+
+
+def test_tasks_of_the_same_rows_vary_together(tmp_path):
+    """Settings as tasks: their average is as unsure as each, not surer by the root of their number."""
+    labels, guesses, _ = rows_of(8, rows=200, classes=2)
+    tasks = [line(task, 'pooled', 1, labels.tolist(), guesses.tolist()) for task in ('lr_1', 'lr_2')]
+    found = analyse(read_results(write(tmp_path, tasks)))
+    one, two = found.scores.values()
+    assert (one.low, one.high) == (two.low, two.high) == (found.averages['pooled'].low, found.averages['pooled'].high)
+
+
+def test_one_seed_of_several_is_no_verdict(tmp_path):
+    lines = [line('a', 'pooled', seed, [0, 1] * 50, [0, 0] * 50) for seed in (1, 2)]
+    lines += [line('a', 'arm', 1, [0, 1] * 50, [0, 1] * 50), line('a', 'other', 3, [0, 1] * 50, [0, 1] * 50)]
+    found = analyse(read_results(write(tmp_path, lines))).average_differences
+    assert {arm: (value.verdict, value.seeds) for arm, value in found.items()} == {'arm': ('no verdict', 1)}
+    assert found['arm'].low > 0 and not found['arm'].too_small
 
 
 def test_a_real_gain_and_a_loss_are_found_and_no_more(tmp_path):
