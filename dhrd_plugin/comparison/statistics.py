@@ -279,21 +279,22 @@ def _compared(
         return None
     (ours, drawn), (theirs, drawn_base) = _over(tasks, arm, seeds), _over(tasks, base, seeds)
     mean = theirs.mean()
-    value, low, high, *more = _interval((ours - theirs).mean(), ours - theirs, drawn - drawn_base)
-    difference = Difference(value, max(-1.0, low), min(1.0, high), *more, lone=several and len(seeds) == 1)
+    value, low, high, by_rows, by_seeds = _interval((ours - theirs).mean(), ours - theirs, drawn - drawn_base)
+    lone = several and len(seeds) == 1
+    difference = Difference(value, max(-1.0, low), min(1.0, high), len(seeds), by_rows, by_seeds, lone)
     if mean <= 0 or (drawn_base <= 0).any():
         return difference, None
     ratio = ours.mean() / mean  # it varies as its linear part does
-    found = _interval(ratio - 1, (ours - ratio * theirs) / mean, (drawn - ratio * drawn_base) / mean)
-    return difference, Estimate(*found[:4])
+    value, low, high, *_ = _interval(ratio - 1, (ours - ratio * theirs) / mean, (drawn - ratio * drawn_base) / mean)
+    return difference, Estimate(value, low, high, len(seeds))
 
 
-def _interval(value: float, by_seed: Floats, drawn: Floats) -> tuple[float, float, float, int, float, float]:
-    """The value, the ends of its interval, how many seeds it is of, and what rows and seeds make of its error."""
+def _interval(value: float, by_seed: Floats, drawn: Floats) -> tuple[float, float, float, float, float]:
+    """The value, the ends of its interval, and what rows and seeds make of its error."""
     seeds = len(by_seed)
     by_rows, by_seeds = float(drawn.std()), float(by_seed.std(ddof=1) / seeds**0.5) if seeds > 1 else 0.0
     half = float(reach(0.975, by_rows, by_seeds, seeds))
-    return float(value), float(value) - half, float(value) + half, seeds, by_rows, by_seeds
+    return float(value), float(value) - half, float(value) + half, by_rows, by_seeds
 
 
 def _means(cells: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:

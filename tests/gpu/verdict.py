@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
 def run_stage(args: Any, name: str, overrides: list[str], seconds: float, todo: Any, done: Any, workers: Any) -> Any:
     """Hand out the cells of a comparison, and keep what comes back until the time is over. Returns the comparison."""
     end = time.monotonic() + seconds
-    from dhrd_plugin.comparison.cells import append, cells_done
+    from dhrd_plugin.comparison.cells import append, find_done
     from dhrd_plugin.comparison.plan import build_cells, load_comparison, write_plan
     from dhrd_plugin.comparison.results import RESULTS
     from dhrd_plugin.models.pretrained import resolve
@@ -82,7 +82,7 @@ def run_stage(args: Any, name: str, overrides: list[str], seconds: float, todo: 
     overrides = [found for override in overrides for found in spread(override, tasks)]
     comparison = load_comparison(path, [*overrides, f'output_dir={args.out / name}'])
     cells = build_cells(comparison, path)
-    there = cells_done(args.out / name / RESULTS, cells)
+    there = find_done(args.out / name / RESULTS, cells)
     write_plan(comparison)
     print(f'{name}: {" ".join(overrides)}; {len(there)} of {len(cells)} cells are there', flush=True)
     resolve(cells[0].config.model.pretrained_model_name_or_path)  # converts a package's weights: not in every worker
