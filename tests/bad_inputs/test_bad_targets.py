@@ -220,7 +220,7 @@ COMPARED = [
     ('compare.yaml', 'output_dir=plan', 'plan/comparison.yaml: tasks: found None'),
     ('own/comparison.yaml', 'output_dir=own', 'own/comparison.yaml: is the YAML of the comparison'),
     ('compare.yaml', 'output_dir=s3://bucket/compared', 'found an address'),
-    ('compare.yaml', 'arms.pooled={save_folder: notes.txt}', 'save_folder: notes.txt: found a file'),
+    ('compare.yaml', 'arms.pooled={output_dir: notes.txt}', "arms.pooled.output_dir: found 'notes.txt'; expected none"),
 ]
 
 
