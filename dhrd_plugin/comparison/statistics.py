@@ -279,8 +279,8 @@ def _compared(
         return None
     (ours, drawn), (theirs, drawn_base) = _over(tasks, arm, seeds), _over(tasks, base, seeds)
     mean = theirs.mean()
-    value, low, high, *more = _interval((ours - theirs).mean(), ours - theirs, drawn - drawn_base)
-    difference = Difference(value, max(-1.0, low), min(1.0, high), *more, lone=several and len(seeds) == 1)
+    value, low, high, count, *errors = _interval((ours - theirs).mean(), ours - theirs, drawn - drawn_base)
+    difference = Difference(value, max(-1.0, low), min(1.0, high), count, *errors, lone=several and count == 1)
     if mean <= 0 or (drawn_base <= 0).any():
         return difference, None
     ratio = ours.mean() / mean  # it varies as its linear part does
