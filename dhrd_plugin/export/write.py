@@ -142,7 +142,9 @@ def check_described(metadata: Mapping[str, Any], names: Iterable[str]) -> None:
     Raises:
         UserError: code of its own; a weight too many, such as an adapter's that was added to the model, or too few.
     """
-    odd = sorted(_described(metadata).state_dict().keys() ^ set(_exported(metadata, names)))
+    with user_errors('drop_reasoning_head: the model cannot be built from its config', kind=True):
+        expected = _described(metadata).state_dict().keys()
+    odd = sorted(expected ^ set(_exported(metadata, names)))
     if odd:
         raise UserError(
             f'drop_reasoning_head: found a model with other weights than its description builds ({odd[0]}), as where '
@@ -152,8 +154,7 @@ def check_described(metadata: Mapping[str, Any], names: Iterable[str]) -> None:
 
 def _described(metadata: Mapping[str, Any]) -> nn.Module:
     """The model that metadata describe, without weights."""
-    with user_errors('drop_reasoning_head: the model cannot be built from its config', kind=True):
-        return rebuild(metadata) if 'dhrd' in metadata else _rebuild_stock(metadata)
+    return rebuild(metadata) if 'dhrd' in metadata else _rebuild_stock(metadata)
 
 
 def _exported(metadata: Mapping[str, Any], names: Iterable[str]) -> list[str]:

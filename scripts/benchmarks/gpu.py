@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -62,7 +63,7 @@ def _main(args: Any) -> int:
             raise UserError(f'--only: found no section {name!r}; {nearest(name, sections.ORDER)}')
     if args.section:
         return _section(common, args.section, common.SECTIONS[args.section][1])
-    os.environ[common.RUN] = f'{time.strftime("%Y-%m-%d %H:%M:%S")} {os.getpid()}'
+    os.environ[common.RUN] = f'{datetime.now(timezone.utc).isoformat()} {os.getpid()}'
     failed = 0
     chosen = asked or list(sections.ORDER)
     for _, names in groupby(enumerate(chosen), lambda item: item[0] if common.SECTIONS[item[1]][2] else -1):

@@ -227,7 +227,7 @@ def test_a_comparison_that_has_hardly_begun(tmp_path, cells):
     html, _ = reported(write(tmp_path, lines, plan))
     assert answer(tmp_path).startswith('Nothing can be said yet')
     assert f'{2 - cells} of 2 cells missing' in html
-    assert ('66.7 [13.3' in html) == bool(cells)
+    assert ('66.7 [13.4' in html) == bool(cells)
 
 
 def test_a_classifier_that_tells_no_rows_apart_is_named(tmp_path):
