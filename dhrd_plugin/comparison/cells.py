@@ -36,7 +36,7 @@ from dhrd_plugin.comparison.results import RESULTS, CellKey, read_lines
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.evaluate import report_on
-from dhrd_plugin.files import write_bytes
+from dhrd_plugin.files import json_line, write_bytes
 from dhrd_plugin.training.checks import check_limits
 from dhrd_plugin.training.config import used
 from dhrd_plugin.training.run import train
@@ -117,8 +117,8 @@ def find_done(path: Path, cells: Sequence[Cell]) -> set[CellKey]:
 
 def append(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Add records to a ``results.jsonl``, in one step."""
-    lines = ''.join(f'{json.dumps(record, ensure_ascii=False)}\n' for record in records)
-    write_bytes(path, (path.read_bytes() if path.exists() else b'') + lines.encode())
+    lines = b''.join(map(json_line, records))
+    write_bytes(path, (path.read_bytes() if path.exists() else b'') + lines)
 
 
 # ------------------------------------------------------------------------------------- processes

@@ -197,14 +197,11 @@ def _scores(results: Results, statistics: Statistics) -> Section:
     if len(sets) > 1 and results.average:
         columns.append(('average', {arm: _percent(statistics.averages.get(arm), full) for arm in arms}))
     found = statistics.average_differences
-    columns += (
-        []
-        if not results.average
-        else [
+    if results.average:
+        columns += [
             (f'relative to {results.baseline}', {arm: _relative(statistics.relative.get(arm)) for arm in arms}),
             ('verdict', {arm: found[arm].verdict + _fewer(found[arm], full) if arm in found else NONE for arm in arms}),
         ]
-    )
     tables = [_score_table(results, statistics, sets, columns), *_constant(results, sets)]
     metrics = [(rows, name) for rows in sets for name in results.example(rows)['task_metrics']]
     if len(metrics) > len(sets):

@@ -34,6 +34,7 @@ from dhrd_plugin.data.triplet import (
     check_text,
     check_weight,
     counted_as,
+    rationales_of,
     spell,
 )
 from dhrd_plugin.data.triplets import read_triplets
@@ -253,9 +254,7 @@ def _chunks(triplets: Iterable[Triplet], limit: int) -> Iterator[list[Triplet]]:
     chunk: list[Triplet] = []
     size = 0
     for triplet in triplets:
-        rationale = triplet['rationale'] or ''
-        texts = [rationale] if isinstance(rationale, str) else rationale
-        length = len(triplet['input_text']) + sum(map(len, texts))
+        length = len(triplet['input_text']) + sum(map(len, rationales_of(triplet)))
         if chunk and size + length > limit:
             yield chunk
             chunk, size = [], 0

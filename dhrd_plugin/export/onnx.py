@@ -17,7 +17,7 @@ from dhrd_plugin.export.probe import TOLERANCE, ask, difference, probe_rows
 from dhrd_plugin.models.build import load_slim_config
 from dhrd_plugin.models.heads import decoder_inputs, last_real_index, pool
 from dhrd_plugin.models.slim import SlimClassifier
-from dhrd_plugin.models.versions import pad_token_of
+from dhrd_plugin.models.versions import pad_token_of, turning_rope
 
 NAME = 'model.onnx'
 KINDS = ('fp32', 'int8')
@@ -86,11 +86,8 @@ def write_onnx(model: PreTrainedModel, path: str | Path) -> None:
     config = getattr(model.config, 'backbone', model.config).get_text_config()
     if getattr(config, 'sliding_window', None) and getattr(config, 'use_sliding_window', True):
         raise UserError(f'{type(config).__name__}: found a sliding window; expected plain causal attention')
-    for module in model.modules():
-        kinds = getattr(module, 'rope_type', None)  # in transformers 5 of some models a kind for each type of layer
-        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-            if isinstance(kind, str) and ('dynamic' in kind or kind == 'longrope'):
-                raise UserError(f'{type(config).__name__}: found rope_type {kind}; expected one for all lengths alike')
+    if rope := turning_rope(config):
+        raise UserError(f'{type(config).__name__}: found rope_type {rope[1]}; expected one for all lengths alike')
     ids = torch.arange(6).view(2, 3)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     path = Path(path)

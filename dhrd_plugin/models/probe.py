@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedC
 
 from dhrd_plugin.errors import UserError, one_line, user_errors
 from dhrd_plugin.models.heads import decoder_inputs, last_hidden_state
-from dhrd_plugin.models.versions import config_from, pad_token_of, rope_limit
+from dhrd_plugin.models.versions import config_from, pad_token_of, turning_rope
 
 EXPECTED = 'expected a decoder-only causal LM with an LM head (AutoModelForCausalLM)'
 HALF = 4  # tokens that both rows of the probe begin with; as many follow
@@ -170,8 +170,8 @@ def check_rope(config: PretrainedConfig, longest: int, where: str = 'reasoning l
         longest: tokens of the longest row, its rationale included.
         where: what the error begins with.
     """
-    limit = rope_limit(config)
-    if limit is not None and longest > limit:
+    limit, _ = turning_rope(config) or (longest, '')
+    if longest > limit:
         raise UserError(
             f'{where}: found {longest} tokens; beyond {limit} the RoPE of this {config.model_type} turns all positions '
             f'otherwise, so that a rationale would change its input; expected max_seq_len: {limit}, or less'

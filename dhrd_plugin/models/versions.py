@@ -46,17 +46,17 @@ def pad_token_of(config: PretrainedConfig) -> int | None:
     return getattr(config, 'pad_token_id', None)
 
 
-def rope_limit(config: PretrainedConfig) -> int | None:
-    """Tokens beyond which RoPE turns every position of a batch otherwise (``dynamic``, ``longrope``); None: never."""
+def turning_rope(config: PretrainedConfig) -> tuple[int, str] | None:
+    """Beyond how many tokens RoPE turns every position of a batch otherwise, and its kind; None: never."""
     found = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
     limits = []
     for rope in [found, *(part for part in found.values() if isinstance(part, Mapping))]:  # one for each kind of layer
         kind = rope.get('rope_type', rope.get('type')) or ''
         if kind == 'longrope':
             beside = getattr(config, 'original_max_position_embeddings', None) or config.max_position_embeddings
-            limits.append(rope.get('original_max_position_embeddings') or beside)
+            limits.append((rope.get('original_max_position_embeddings') or beside, kind))
         elif 'dynamic' in kind:
-            limits.append(config.max_position_embeddings)
+            limits.append((config.max_position_embeddings, kind))
     return min(limits, default=None)
 
 

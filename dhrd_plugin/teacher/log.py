@@ -39,7 +39,7 @@ class RowLog:
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row and wait until it is on the disk."""
-        line = json_line(row)
+        line = files.json_line(row)
         with user_errors(self.path, OSError):
             if self.file.write(line) != len(line):
                 raise UserError(f'{self.path}: cannot be written: the disk took only a part of a row')
@@ -49,18 +49,15 @@ class RowLog:
     def keep_only(self, wanted: Callable[[str], bool]) -> None:
         """Rewrite the file, in one step, with some of its rows, which ``keep`` kept whole. Only to be closed then."""
         with user_errors(self.path, OSError):
-            files.write_bytes(self.path, b''.join(json_line(row) for idx, row in self.rows.items() if wanted(idx)))
+            files.write_bytes(
+                self.path, b''.join(files.json_line(row) for idx, row in self.rows.items() if wanted(idx))
+            )
 
     def close(self) -> None:
         """Close the file; an empty one is removed."""
         if not os.path.getsize(self.path):
             self.path.unlink()
         self.file.close()
-
-
-def json_line(row: Mapping[str, Any]) -> bytes:
-    """A row as a line of JSONL."""
-    return (json.dumps(row, ensure_ascii=False) + '\n').encode()
 
 
 def read_log(path: Path, keep: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], int]:

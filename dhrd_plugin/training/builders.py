@@ -35,7 +35,7 @@ from dhrd_plugin.streams.dataset import StreamingTripletDataset, TripletDataLoad
 from dhrd_plugin.streams.index import SUMMARY
 from dhrd_plugin.streams.remote import join, read
 from dhrd_plugin.streams.rows import StreamRows
-from dhrd_plugin.streams.settings import DOWNLOADS, build_streams
+from dhrd_plugin.streams.settings import DOWNLOADS, WEIGHTS, build_streams
 from dhrd_plugin.streams.stream import TripletStream
 from dhrd_plugin.training import registry
 from dhrd_plugin.training.checks import check_one_label, find_source, on_gpu
@@ -169,7 +169,7 @@ def balanced(streams: Sequence[TripletStream], task: Task) -> list[float]:
     Multi-label, how many rows lack the class for one that has it.
     """
     for stream in streams:
-        for key in ('proportion', 'repeat', 'choose'):
+        for key in WEIGHTS:
             if hasattr(stream, key):
                 raise UserError(
                     f'model.class_weights: balanced: found with {key} of a stream, by which an epoch has other shares '
