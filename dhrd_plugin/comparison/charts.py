@@ -93,9 +93,8 @@ def _add_legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     widths = [40 + TextPath((0, 0), label, size=10).get_extents().width for label in labels]  # with line and space
 
-    def fits(columns: int) -> bool:
-        rows = -(-len(widths) // columns)
-        return sum(max(widths[start : start + rows]) for start in range(0, len(widths), rows)) < 72 * WIDTH - 10
+    def fits(columns: int) -> bool:  # as matplotlib shares them out: five in four columns are two, one, one and one
+        return sum(max(part) for part in np.array_split(widths, columns)) < 72 * WIDTH - 10
 
     columns = max([1, *filter(fits, range(2, len(labels) + 1))])
     figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(labels) // columns))

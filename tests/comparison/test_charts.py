@@ -1,10 +1,11 @@
 """How arms are told apart in the charts, and how a long series becomes a short one."""
 
+import matplotlib
 import numpy as np
 import pytest
 from made import ARMS, TASKS, make
 
-from dhrd_plugin.comparison.charts import POINTS, arm_styles, draw_curves, thin
+from dhrd_plugin.comparison.charts import POINTS, STYLE, _add_legend, _new_figure, arm_styles, draw_curves, thin
 from dhrd_plugin.comparison.results import read_results
 
 
@@ -18,6 +19,25 @@ def test_an_arm_looks_alike_wherever_it_is_and_unlike_the_others():
     assert arm_styles(['arm 0', 'pooled', 'arm 1'], 'pooled') == {
         arm: styles[arm] for arm in ('arm 0', 'pooled', 'arm 1')
     }
+
+
+@pytest.mark.parametrize(
+    'labels',
+    [
+        ['pooled', 'dhrd_1', 'rationale_1', 'unclipped_1', 'pooled_unclipped'],  # matplotlib: two, one, one and one
+        ['pooled', 'dhrd_0.3', 'dhrd_1', 'dhrd_1_to_0', 'shuffled_0.3'],
+        ['an arm of a name that is as long as the picture is wide'],
+    ],
+)
+def test_a_legend_lies_inside_the_figure(labels):
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_figure(2.0)
+        for label in labels:
+            axes.plot([0, 1], label=label)
+        _add_legend(figure, axes)
+        figure.draw_without_rendering()
+        found = figure.legends[0].get_window_extent()
+    assert found.x0 >= 0 and found.x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize('length', [0, 1, POINTS, POINTS + 1, 1000])
