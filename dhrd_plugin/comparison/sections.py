@@ -324,7 +324,11 @@ def _difference_tables(
 
 
 def _smallest(value: Difference | None) -> str:
-    return f'{100 * value.detectable:.1f}' if value and value.error else NONE
+    return _at_least(value.detectable) if value and value.error else NONE
+
+
+def _at_least(difference: float) -> str:
+    return f'{100 * difference:.1f}' if difference <= 1 else 'more than 100'  # which no arm can reach
 
 
 def _too_small(results: Results, statistics: Statistics, sets: Sequence[Rows]) -> list[str]:
@@ -335,7 +339,7 @@ def _too_small(results: Results, statistics: Statistics, sets: Sequence[Rows]) -
         if not seen:
             continue
         few = [
-            f'{arm} {_text(100 * d.value, "+.1f")}, where it takes {100 * d.detectable:.1f}' for arm, d in seen.items()
+            f'{arm} {_text(100 * d.value, "+.1f")}, where it takes {_at_least(d.detectable)}' for arm, d in seen.items()
         ]
         count, seeds = len(results.example(rows)['ids']), max(d.seeds for d in seen.values())
         texts.append(

@@ -135,6 +135,13 @@ def test_too_few_rows_are_named(tmp_path):
         assert 'Smallest difference that would be shown in 80 % of cases, in points' in text
 
 
+def test_a_difference_that_no_arm_can_reach_is_not_given_in_points(tmp_path):
+    lines = [line('a', 'pooled', seed, [0, 1] * 20, [0, 0] * 20) for seed in (1, 2)]
+    lines += [line('a', 'arm', seed, [0, 1] * 20, [seed % 2, 1] * 20) for seed in (1, 2)]  # +0 and +50 points
+    for text in reported(write(tmp_path, lines)):
+        assert 'arm +25.0, where it takes more than 100.' in text.replace('\xa0', ' ')
+
+
 def test_the_page_is_one_file_with_tables_that_name_their_cells(report):
     text = (report[0] / 'report.html').read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', text) and '<script' not in text and 'url(http' not in text
