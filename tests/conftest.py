@@ -47,15 +47,9 @@ def sample() -> Path:
 
 @pytest.fixture
 def caches(tmp_path, monkeypatch) -> Path:
-    """An empty place for the caches of streams; packaged models stay where they are, converting them takes long."""
-    from dhrd_plugin.files import cache_dir
-
-    models, own = cache_dir() / 'models', tmp_path / 'caches'
-    models.mkdir(parents=True, exist_ok=True)
-    own.mkdir()
-    (own / 'models').symlink_to(models)
-    monkeypatch.setenv('DHRD_CACHE', str(own))
-    return own / 'streams'
+    """An empty place for the caches of streams."""
+    monkeypatch.setenv('DHRD_CACHE', str(tmp_path / 'caches'))
+    return tmp_path / 'caches' / 'streams'
 
 
 @pytest.fixture

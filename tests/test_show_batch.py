@@ -67,8 +67,9 @@ def test_it_says_what_is_pooled_supervised_and_cut(root, capsys, wide):
     assert pooled < 70 - supervised
 
 
-def test_of_several_rationales_one_is_drawn(root, tmp_path, caches, capsys, wide):
+def test_of_several_rationales_one_is_drawn(root, tmp_path, capsys, wide):
     row = {'idx': 0, 'premise': 'p', 'hypothesis': 'h', 'label': 'entailment', 'rationale': ['one reason', 'one more']}
     (tmp_path / 'rows.jsonl').write_text(json.dumps(row))
-    (first,) = shown(root, capsys, f'train_loader.source={tmp_path}/rows.jsonl')
+    own = (f'train_loader.source={tmp_path}/rows.jsonl', f'train_loader.cache_dir={tmp_path}/cache')
+    (first,) = shown(root, capsys, *own)
     assert ('one reason' in first) != ('one more' in first) and '[' not in first.split('<REASON>')[1]
