@@ -212,7 +212,7 @@ def loaders(config: Config) -> dict[str, LoaderConfig]:
 
 def changed(config: Config) -> dict[str, Any]:
     """The keys of a config, at any depth, that are not as they are by default, as plain data."""
-    return _differing(dataclasses.asdict(config), OmegaConf.to_container(OmegaConf.structured(Config)))
+    return _differing(dataclasses.asdict(config), OmegaConf.to_container(_schema()))
 
 
 def written(config: Any) -> dict[str, Any]:
