@@ -277,6 +277,8 @@ def check_apart(out: str | Path, key: str, apart: Mapping[str, str | Path | None
     where = _where(out, key)
     if ADDRESS.match(str(out)):
         raise UserError(f'{where}: found an address; expected a place on this machine')
+    if Path(out).parts[:1] == ('~',):
+        raise UserError(f'{where}: found ~, which only a shell expands; expected {Path(out).expanduser()}')
     with _told(where):
         path = _real(out)
         for name, other in apart.items():

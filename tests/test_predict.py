@@ -154,6 +154,11 @@ def test_rows_go_through_the_template(pairs, tmp_path, capsys):
         assert printed(capsys, pairs, '--input', tmp_path / name) == found
 
 
+def test_a_row_of_the_template_is_that_row_whatever_else_it_holds(pairs, capsys):
+    row = '{"left": "w1", "right": "w2 w3", "input_text": "w8"}'
+    assert printed(capsys, pairs, row) == printed(capsys, pairs, '{"input_text": "w1 w2 w3"}')
+
+
 def test_plain_text_is_refused_where_the_prompt_has_several_fields(refused, pairs, tmp_path):
     (tmp_path / 'a.txt').write_text('{"left": "w1", "right": "w2"}\nw1 w2\n')
     for arguments, place in (['w1 w2'], 'argument 1'), (['--input', tmp_path / 'a.txt'], f'{tmp_path}/a.txt, line 2'):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.algorithms import EMA
+from composer.algorithms import EMA, SWA
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, Event, State, Timestamp
+from composer.core import Algorithm, Callback, Event, State, Timestamp
 from composer.distributed.prepare_distributed import get_full_state_dict
 from composer.loggers import FileLogger, Logger, TensorboardLogger
 from composer.models import HuggingFaceModel
@@ -164,6 +164,7 @@ class DropReasoningHead(Callback):
         self.dtype = None if dtype is None else DTYPES[dtype]
         self.onnx = check_onnx('drop_reasoning_head.onnx', onnx)
         self._measured: dict[str, int] = {}  # the batch of each evaluation set's metrics
+        self._waits = False  # for Composer's last evaluation, before it exports
         self._due = None
         if every is not None:
             interval = parse_interval(every, 'drop_reasoning_head.every')
@@ -205,6 +206,11 @@ class DropReasoningHead(Callback):
                 raise UserError(f"drop_reasoning_head.mode: missing; expected 'max' or 'min' of {self.monitor}")
             self._mode = 'max' if higher else 'min'
 
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation whose weights are exported: ``metric``, ``value``, ``batch`` ...; None: the last weights."""
+        return self._best
+
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse before training what cannot be exported or uploaded."""
         model: Any = getattr(state.model, 'module', state.model)
@@ -219,6 +225,8 @@ class DropReasoningHead(Callback):
         for target in self._targets:
             if isinstance(target, RemoteTarget):
                 check_address(self._named(target.remote, state), 'drop_reasoning_head.remote')
+        now = int(state.timestamp.batch)  # of a fit before, whose time was reset, a batch says nothing
+        self._measured = {label: batch for label, batch in self._measured.items() if batch == now}
         if self._targets:
             on_rank_zero(lambda: [target.check() for target in self._targets] and None)
         if self.monitor:
@@ -239,8 +247,25 @@ class DropReasoningHead(Callback):
         self._keep_if_best(state)
         self._export_if_due(Event.EPOCH_CHECKPOINT, state)
 
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Forget the evaluation of weights that an algorithm has just averaged."""
+        del logger
+        if any(map(_averages_epochs, state.algorithms)):
+            self._measured.clear()
+
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Export, to MLflow as well."""
+        """Export, to MLflow as well; where the best or the temperature is asked for, after the last evaluation."""
+        self._waits = bool(self.monitor or self.calibrate) and _evaluates_yet(state)
+        if not self._waits:
+            self._finish(state, logger)
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """Export, if it is the evaluation that the export waits for."""
+        if self._waits:
+            self._waits = False
+            self._finish(state, logger)
+
+    def _finish(self, state: State, logger: Logger) -> None:
         tracker = None if self._mlflow is False else mlflow_logger(logger)
         self._keep_if_best(state)
         calibrated = self._export(state, [] if tracker is None else [MlflowTarget(tracker, self._registered_name)])
@@ -420,6 +445,23 @@ class DropReasoningHead(Callback):
         del state, logger
         for target in self._targets:
             target.close()
+
+
+def _evaluates_yet(state: State) -> bool:
+    """Whether Composer evaluates after the fit's end, as where its interval does not divide the fit.
+
+    A user's own schedule is not asked: it may count how often it is, and Composer promises it two other events.
+    """
+    schedules = [evaluator.eval_interval for evaluator in state.evaluators]
+    composers = create_interval_scheduler.__module__
+    return any(due(state, Event.FIT_END) for due in schedules if due and getattr(due, '__module__', '') == composers)
+
+
+def _averages_epochs(algorithm: Algorithm) -> bool:
+    """Whether the algorithm changes the weights, or those that are evaluated, at the end of an epoch."""
+    of_ema = isinstance(algorithm, EMA) and algorithm.update_event
+    of_swa = isinstance(algorithm, SWA) and algorithm.match_event
+    return Event.EPOCH_END in (of_ema, of_swa)
 
 
 def _held_out(parts: Sequence[HeldOut], sampler: Any) -> HeldOut | None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,10 +16,12 @@ from dhrd_plugin import files
 from dhrd_plugin.comparison.results import PLAN, RESULTS, CellKey, read_plan
 from dhrd_plugin.errors import UserError, nearest
 from dhrd_plugin.redact import without_secrets
+from dhrd_plugin.streams.index import INDEX
 from dhrd_plugin.training.checks import find_source
 from dhrd_plugin.training.config import (
     Config,
     FromEnvironment,
+    LoaderConfig,
     as_typed,
     changed,
     find_yaml,
@@ -89,20 +91,30 @@ class Cell:
 
     @cached_property
     def data(self) -> str | None:
-        """A hash of the files that it reads, rows, rationales and template; None where one of them is not here."""
+        """A hash of what it reads on this machine, rows, rationales and template; None where some of it is not here."""
         task = self.config.task
-        given = [place for loader in loaders(self.config).values() for place in (loader.source, loader.rationales)]
-        places = [find_source(place) for place in given if place and not place.startswith('hub:')]
-        places += [task] if isinstance(task, str) and task.endswith(('.yaml', '.yml')) else []
-        if not all(Path(place).exists() for place in places):
+        places = [place for loader in loaders(self.config).values() for place in _read_by(loader)]
+        places += [Path(task)] if isinstance(task, str) and task.endswith(('.yaml', '.yml')) else []
+        places = [place.expanduser() for place in places]
+        if not all(place.exists() for place in places):
             return None
         digest = hashlib.sha256()
-        for path in [path for place in places for path in _files(Path(place))]:
+        for path in [path for place in places for path in _files(place)]:
             digest.update(_digest(path, path.stat().st_mtime_ns, path.stat().st_size))
         return digest.hexdigest()[:16]
 
     def __str__(self) -> str:
         return f'{self.task} {self.arm} seed {self.seed}'
+
+
+def _read_by(loader: LoaderConfig) -> Iterator[Path]:
+    """The files and folders on this machine that a loader reads; of shards their index, which holds their hashes."""
+    for place in (loader.source, loader.rationales):
+        if place and not place.startswith('hub:'):
+            yield Path(find_source(place))
+    for stream in [*loader.streams.values()] or [{'local': loader.local, 'remote': loader.remote}]:
+        if stream.get('local') and not stream.get('remote'):
+            yield Path(stream['local'], stream.get('split') or loader.split or '', INDEX)
 
 
 def _files(place: Path) -> list[Path]:

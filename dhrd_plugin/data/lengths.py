@@ -20,6 +20,7 @@ class Findings:
     input: Counter[int] = field(default_factory=Counter)  # how many inputs have which length
     sequence: Counter[int] = field(default_factory=Counter)  # the same for input, rationale and answer together
     cuttable: Counter[int] = field(default_factory=Counter)  # of those inputs that may be cut
+    cut: Counter[int] = field(default_factory=Counter)  # of those sequences whose rationale has been cut already
     leaks: list[str] = field(default_factory=list)  # ids of the rows whose rationale states their label or answer
 
 
@@ -31,8 +32,9 @@ def survey(triplets: list[Triplet], tokenizer: Any = None) -> Findings:
     """
     found = Findings(leaks=[row['id'] for row in triplets if _leaks(row)])
     lengths = _tokens(triplets, tokenizer) if tokenizer else _words(triplets)
-    for row, (sequence, part) in zip(triplets, lengths, strict=True):
+    for row, (sequence, part, cut) in zip(triplets, lengths, strict=True):
         found.sequence[sequence] += 1
+        found.cut[sequence] += cut
         found.input[part] += 1
         found.cuttable[part] += row.get('cuttable') is not None
     return found
@@ -45,6 +47,7 @@ def merge(parts: Iterable[Findings]) -> Findings:
         merged.input.update(part.input)
         merged.sequence.update(part.sequence)
         merged.cuttable.update(part.cuttable)
+        merged.cut.update(part.cut)
         merged.leaks += part.leaks
     return merged
 
@@ -68,7 +71,7 @@ def summarise(found: Findings, tokenizer: str | None = None, max_seq_len: int | 
     }
     if max_seq_len:
         longer, inputs_cut = _longer(found.input, max_seq_len), _longer(found.cuttable, max_seq_len)
-        cut = _longer(found.sequence, max_seq_len) - longer
+        cut = _longer(found.sequence, max_seq_len) - longer + _longer(found.cut, 0) - _longer(found.cut, max_seq_len)
         summary |= {'max_seq_len': max_seq_len, 'cut': cut, 'inputs_cut': inputs_cut}
         summary['inputs_too_long'] = longer - inputs_cut
     return summary
@@ -97,6 +100,8 @@ def describe(place: object, summary: Mapping[str, Any]) -> Iterator[str]:
             f'  joined: {joined["joined"]:,} of {joined["rationales"]:,} rationales, '
             f'{joined["unmatched"]:,} match no row, {joined["replaced"]:,} replace one of the row'
         )
+        if changed := describe_changed(summary):
+            yield f'  warning: {changed}'
     yield from (f'  {line}' for line in describe_lengths(summary))
     if summary.get('set_aside'):
         yield f'  set aside: {summary["set_aside"]:,} bad rows'
@@ -131,6 +136,14 @@ def describe_leaks(summary: Mapping[str, Any]) -> str:
     return f'the rationale states the label in {found["rows"]:,} rows: {some}{more}' if found['rows'] else ''
 
 
+def describe_changed(summary: Mapping[str, Any]) -> str:
+    """How many rationales that were joined are another text's or answer's, as far as they tell; empty without any."""
+    joined = summary.get('joined') or {}
+    changed = joined.get('changed')  # a summary of before does not say
+    told = f'{changed} of {joined.get("joined")} rationales were written for another text or answer than their row has'
+    return f'{told}; are these the rows that they were written for?' if changed else ''
+
+
 @lru_cache(maxsize=1)
 def load_collator(tokenizer: str) -> Any:
     """Load what training turns triplets into tokens with, once in each process."""
@@ -159,17 +172,17 @@ def _leaks(row: Triplet) -> bool:
     return any(restated(text, words_of(row)) for text in rationales_of(row))
 
 
-def _words(triplets: list[Triplet]) -> Iterator[tuple[int, int]]:
+def _words(triplets: list[Triplet]) -> Iterator[tuple[int, int, bool]]:
     for row in triplets:
         part = len(row['input_text'].split())
         reasoning = [len(text.split()) for text in rationales_of(row)]
         answer = 0 if row['rationale'] is None else len(row['answer'].split())
-        yield part + max(reasoning, default=0) + answer, part
+        yield part + max(reasoning, default=0) + answer, part, False
 
 
-def _tokens(triplets: list[Triplet], tokenizer: Any) -> Iterator[tuple[int, int]]:
+def _tokens(triplets: list[Triplet], tokenizer: Any) -> Iterator[tuple[int, int, bool]]:
     collator = load_collator(tokenizer) if isinstance(tokenizer, str) else tokenizer
     longest = [{**row, 'rationale': max(rationales_of(row), key=len, default=row['rationale'])} for row in triplets]
     for start in range(0, len(longest), BATCH):
         for row in collator.encode(longest[start : start + BATCH]):
-            yield len(row.input_ids), row.input_length
+            yield len(row.input_ids), row.input_length, row.cut > 0

@@ -21,7 +21,8 @@ class RationaleCollator(TripletCollator):
 
     Their collator never sees the rationale. Where no row of a batch has one, its batch is returned
     as it is; else ``[x, <REASON>, r, <ANS>, y]`` is laid out as :class:`TripletCollator` does, x
-    being the row's real tokens in their batch.
+    being the row's real tokens in their batch. That is for a model with a reasoning head: a stock classifier pools
+    the last token, and would read the answer there.
 
     Args:
         tokenizer: with a pad token.
@@ -40,6 +41,8 @@ class RationaleCollator(TripletCollator):
             Default: ``'answer'``.
         layout: as in :class:`TripletCollator`.
         rationale_max_tokens: as in :class:`TripletCollator`.
+        reasoning: ``False`` for evaluation and for a model without a reasoning head, such as a pooled baseline: their
+            batch, whatever rationales the rows have. Default: ``True``.
 
     Returns (of a call):
         Their batch, ``input_ids`` and ``attention_mask`` longer, with ``pool_index`` [B],
@@ -68,6 +71,7 @@ class RationaleCollator(TripletCollator):
         answer_key: str = 'answer',
         layout: str = 'reason_first',
         rationale_max_tokens: int | None = None,
+        reasoning: bool = True,
     ):
         self.label_names = _check_names(label_names)
         super().__init__(
@@ -76,6 +80,7 @@ class RationaleCollator(TripletCollator):
             max_seq_len or tokenizer.model_max_length,
             reasoning_targets,
             markers,
+            reasoning,
             padding_side=tokenizer.padding_side,
             layout=layout,
             rationale_max_tokens=rationale_max_tokens,
@@ -89,7 +94,7 @@ class RationaleCollator(TripletCollator):
         ours = (self.rationale_key, self.answer_key)
         batch = self.collate_fn([{key: value for key, value in row.items() if key not in ours} for row in rows])
         _check_weights(rows, batch)
-        rationales = [self._rationale(row, index) for index, row in enumerate(rows)]
+        rationales = [self._rationale(row, index) if self.reasoning else None for index, row in enumerate(rows)]
         if all(rationale is None for rationale in rationales):
             return batch
         for key in ('input_ids', 'attention_mask'):

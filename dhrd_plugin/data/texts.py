@@ -19,7 +19,7 @@ from dhrd_plugin.data.rows import (
     raise_bad,
     read_rows,
 )
-from dhrd_plugin.data.tasks import Task, find_id
+from dhrd_plugin.data.tasks import Task, find_id, is_there
 from dhrd_plugin.data.triplet import BadRow, check_cuttable, check_text
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.files import temporary, write_bytes
@@ -168,8 +168,8 @@ def _parse(line: str) -> Mapping[str, Any]:
 
 
 def _from_row(row: Mapping[str, Any], task: Task | None, where: str, typed: bool = True) -> Iterator[Text]:
-    """What the template makes of a row; or its ``input_text``, unless that is a field of the prompt."""
-    if 'input_text' in row and not (task and 'input_text' in task.fields):
+    """What the template makes of a row; or its ``input_text``, unless it has a field of the prompt."""
+    if 'input_text' in row and not (task and any(is_there(row, name) for name in task.fields)):
         text = check_text(row['input_text'], 'input_text')
         cuttable = check_cuttable(row.get('cuttable'), text)
         yield Text(where, find_id(row, task.id if task else '', 'id'), text, cuttable)

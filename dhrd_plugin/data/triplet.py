@@ -1,5 +1,6 @@
 """One row: a triplet of input, label and rationale, and the checks of its fields."""
 
+import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -36,6 +37,12 @@ COLUMNS = {
 NO_CLASS = 'none'  # the answer of a row that has none of a multi-label task's classes
 BETWEEN = ', '  # the answers of a row that has several
 ROUNDING = 0.01  # by which probabilities may miss a sum of 1: thirds of two decimals
+
+
+def fingerprint(triplet: Mapping[str, Any], votes: int = 0) -> str:
+    """Twelve hex digits that tell whether a row was written for this text and answer, by so many blind votes."""
+    text = f'{triplet["input_text"]}\0{triplet["answer"]}' + (f'\0{votes}' if votes else '')
+    return hashlib.sha1(text.encode()).hexdigest()[:12]
 
 
 class BadRow(UserError):

@@ -7,8 +7,9 @@ Everything here streams: a file of any size passes through in constant memory. A
 
 import itertools
 import json
+import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from dhrd_plugin.data.triplet import (
     check_rationale,
     check_target,
     check_weight,
+    fingerprint,
     spell,
 )
 from dhrd_plugin.errors import UserError
@@ -68,9 +70,23 @@ def read_triplets(
     """
     if rationales is None:
         return _from_rows(source, task, split, labelled, on_bad, max_row_bytes)
+    if not task.id:
+        _check_ids(source, task, split, rationales)
     triplets = _from_rows(source, task, split, False, on_bad, max_row_bytes)
     joined = join_rationales(triplets, rationales, task, on_bad, max_row_bytes, report)
     return _with_targets(joined, source, task, on_bad) if labelled else joined
+
+
+def _check_ids(source: str | Path, task: Task, split: str | None, rationales: str | Path) -> None:
+    """Refuse to join by the numbers of the rows where both files have ids that the template does not name."""
+    files = _open(source, task, split)[0], read_rows(source_file(rationales), lambda bad: None)
+    row, written = (next((row.fields for row in rows), {}) for rows in files)
+    name = _first(written, 'id', 'idx')
+    if name and look_up(row, name) is not None and _made_for(written) is None:
+        raise UserError(
+            f'{rationales}: field {name}: {source} has one too, which the template does not name, so that a number of '
+            f'a row would be meant by it; expected id: {name} in the template'
+        )
 
 
 def _with_targets(triplets: Iterable[Triplet], source: str | Path, task: Task, on_bad: OnBad) -> Iterator[Triplet]:
@@ -94,7 +110,8 @@ def join_rationales(
     A row of the file holds the id (as the template says, or under ``id`` or ``idx``), and a rationale (a text, or a
     list of several) or probabilities or both (as the template says, or under ``rationale`` and ``probabilities``),
     and perhaps a ``weight``; they become the triplet's. What the triplet already had is replaced and counted.
-    ``on_bad`` receives each bad row of the file, and at the end each id that matches no triplet.
+    ``on_bad`` receives each bad row of the file, and at the end each id that matches no triplet. Rationales of
+    ``dhrd rationales`` that were written for another text or answer are counted, as ``changed``.
 
     Args:
         triplets: the triplets.
@@ -108,20 +125,22 @@ def join_rationales(
         UserError: no rationale matches any triplet.
     """
     report = {} if report is None else report
-    report.update(rationales=0, joined=0, replaced=0, unmatched=0, rows_without=0)
+    report.update(rationales=0, joined=0, replaced=0, changed=0, unmatched=0, rows_without=0)
     table, id_field = _Table(), task.id if task else 'idx'
     typed = kind_of(path) != '.csv'
     for row in read_rows(source_file(path), on_bad, max_row_bytes):
         with catching_bad(on_bad, row.where, row.fields):
             ident, value = _rationale(row.fields, id_field, task, typed)
-            table.add(ident, row.where, value)
+            table.add(ident, row.where, (value, _made_for(row.fields)))
             report['rationales'] += 1
     ident = None
     for triplet in triplets:
         ident = triplet['id']
-        value = table.take(ident)
-        if value is not None:
+        found = table.take(ident)
+        if found is not None:
+            value, made_for = found
             report['joined'] += 1
+            report['changed'] += made_for not in (None, fingerprint(triplet))
             report['replaced'] += any(triplet.get(name) is not None for name in value if name != 'weight')
             triplet = cast(Triplet, {**triplet, **value})
         report['rows_without'] += triplet['rationale'] is None
@@ -160,6 +179,13 @@ def _rationale(fields: dict[str, Any], id_field: str, task: Task | None, typed: 
     return ident, value
 
 
+def _made_for(fields: Mapping[str, Any]) -> str | None:
+    """The :func:`fingerprint` that ``dhrd rationales`` gave a row; None where it gave none, or one of its votes."""
+    made_for = fields.get('input')
+    ours = isinstance(made_for, str) and re.fullmatch('[0-9a-f]{12}', made_for)
+    return made_for if ours and not fields.get('votes') else None
+
+
 def _first(fields: dict[str, Any], *names: str) -> str | None:
     """The first of some fields that the row has."""
     return next((name for name in names if look_up(fields, name) is not None), None)
@@ -168,17 +194,23 @@ def _first(fields: dict[str, Any], *names: str) -> str | None:
 def _from_rows(
     source: str | Path, task: Task, split: str | None, labelled: bool, on_bad: OnBad, max_bytes: int
 ) -> Iterator[Triplet]:
-    if str(source).startswith('hub:'):
-        rows, task, typed = read_hub(str(source), task, split), task.for_hub(), True
-    else:
-        path = source_file(source, split)
-        rows, typed = read_rows(path, on_bad, max_bytes), kind_of(path) != '.csv'
+    rows, task, typed = _open(source, task, split, on_bad, max_bytes)
     found = False
     for triplet in triplets_of(rows, task, labelled, typed, on_bad):
         found = True
         yield triplet
     if not found:
         raise UserError(f'{source}: found no rows; expected one or more')
+
+
+def _open(
+    source: str | Path, task: Task, split: str | None, on_bad: OnBad = lambda bad: None, max_bytes: int = MAX_ROW_BYTES
+) -> tuple[Iterator[Row], Task, bool]:
+    """The rows of a source, the task as it fits them, and whether their values have types."""
+    if str(source).startswith('hub:'):
+        return read_hub(str(source), task, split), task.for_hub(), True
+    path = source_file(source, split)
+    return read_rows(path, on_bad, max_bytes), task, kind_of(path) != '.csv'
 
 
 def triplets_of(

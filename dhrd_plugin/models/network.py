@@ -138,7 +138,7 @@ class DualHeadNetwork(nn.Module):
         Args:
             input_ids: [B, S] input, then rationale and answer.
             attention_mask: [B, S], 1 for real tokens.
-            pool_index: [B] position of the last *input* token. Default: the last real token.
+            pool_index: [B] position of the last *input* token. Default: the last real token, without rationales.
             reasoning_labels: [B, S] token ids aligned with ``input_ids``, -100 where unsupervised.
             return_reasoning_loss: run the rationale and return its loss.
             spans: where each of the B rows lies, as the collator knows it. Default: read from the tensors, for
@@ -148,6 +148,7 @@ class DualHeadNetwork(nn.Module):
             ``logits`` [B, K], and ``reasoning_loss`` [B] where it was asked for.
         """
         if pool_index is None:
+            check_pool_index(reasoning_labels)
             pool_index = last_real_index(attention_mask)
         reason = return_reasoning_loss and reasoning_labels is not None
         if not reason:
@@ -213,6 +214,14 @@ class DualHeadNetwork(nn.Module):
     def activation_checkpointing_fn(self, module: nn.Module) -> bool:
         """Composer asks which modules activation checkpointing wraps: the decoder blocks."""
         return module is not self.classifier and self.fsdp_wrap_fn(module)
+
+
+def check_pool_index(reasoning_labels: Tensor | None) -> None:
+    """Refuse a rationale in a batch that does not say where the input ends: the answer would be pooled."""
+    if reasoning_labels is not None:
+        raise UserError(
+            'pool_index: missing beside reasoning_labels; expected [B], the position of the last token of each input'
+        )
 
 
 def upto(attention_mask: Tensor, pool_index: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from dhrd_plugin.models.build import build_causal_lm, is_sequence_classifier
 from dhrd_plugin.models.composer_model import RETURN_REASONING_LOSS, ComposerDualHeadClassifier
 from dhrd_plugin.models.extent import Extent
 from dhrd_plugin.models.heads import decoder_inputs
-from dhrd_plugin.models.network import DualHeadNetwork, upto
+from dhrd_plugin.models.network import DualHeadNetwork, check_pool_index, upto
 from dhrd_plugin.models.probe import check_classifier, check_decoder, check_rope, decoder_of, left_padding, pads_left
 from dhrd_plugin.models.verbalizer import begin_as_answers
 from dhrd_plugin.models.versions import pad_token_of
@@ -127,6 +127,8 @@ class ReasoningClassifier(PreTrainedModel):
     def forward(self, *args, pool_index=None, reasoning_labels=None, return_reasoning_loss=False, spans=None, **kwargs):
         """Run the stock forward pass; unchanged where the batch carries no rationale.
 
+        But for positions: they count real tokens, where stock code such as GPT-2's counts padding on the left as well.
+
         The stock code pools the last token that is not padding. So it is shown the input alone, with padding
         in the place of the rationale; the backbone reads the rationale too where its loss is asked for.
 
@@ -142,6 +144,7 @@ class ReasoningClassifier(PreTrainedModel):
             The stock output, and ``reasoning_loss`` [B] where it was asked for.
         """
         if pool_index is None:
+            check_pool_index(reasoning_labels)
             with reading(decoder_of(self), self._positions(kwargs)):
                 out = super().forward(*args, **kwargs)  # pyright: ignore
             return self._output(out, return_reasoning_loss, kwargs)
@@ -173,8 +176,7 @@ class ReasoningClassifier(PreTrainedModel):
         if not self.pads_left and not extent.from_left:
             raise left_padding(self)
         shown = {
-            key: value[:, first:last] if isinstance(value, Tensor) and value.shape == ids.shape else value
-            for key, value in kwargs.items()
+            key: value[:, first:last] if _is_per_token(key, value, ids) else value for key, value in kwargs.items()
         }
         span = span[:, first:last]
         read = decoder_inputs(decoder_of(self), shown['input_ids'], shown['attention_mask'] if reason else span)
@@ -205,6 +207,11 @@ class ReasoningClassifier(PreTrainedModel):
             logits + zero,  # pyright: ignore
             reasoning_loss=zero.expand(len(logits)) if return_reasoning_loss else None,
         )
+
+
+def _is_per_token(key: str, value: object, input_ids: Tensor) -> bool:
+    """Whether a part of the batch has a value for each token; labels [B, K] have not, whatever K is."""
+    return isinstance(value, Tensor) and value.shape == input_ids.shape and key != 'labels'
 
 
 @functools.cache

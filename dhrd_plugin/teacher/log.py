@@ -1,7 +1,6 @@
 """The JSONL files that a teacher's answers go to, which a second start continues."""
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dhrd_plugin import files
-from dhrd_plugin.data.triplet import Triplet
+from dhrd_plugin.data.triplet import Triplet, fingerprint
 from dhrd_plugin.errors import UserError, user_errors
 
 
@@ -81,7 +80,7 @@ def read_log(path: Path, keep: Callable[[dict[str, Any]], Any]) -> tuple[dict[st
 
 
 def known(row: dict[str, Any]) -> str | None:
-    """What to remember of a row with a rationale or votes: its :func:`fingerprint`; ``None`` where it has none."""
+    """What to remember of a row with a rationale or votes: its ``fingerprint``; ``None`` where it has none."""
     if not (row['rationale'] or row['probabilities']):
         raise ValueError('no rationale')
     return row.get('input')
@@ -92,12 +91,6 @@ def rejected(row: dict[str, Any]) -> dict[str, Any]:
     if not {'reason', 'unanswered'} <= row.keys():
         raise ValueError('no reason')
     return row
-
-
-def fingerprint(triplet: Mapping[str, Any], votes: int = 0) -> str:
-    """Twelve hex digits that tell whether a row was written for this text and answer, by so many blind votes."""
-    text = f'{triplet["input_text"]}\0{triplet["answer"]}' + (f'\0{votes}' if votes else '')
-    return hashlib.sha1(text.encode()).hexdigest()[:12]
 
 
 def is_open(triplet: Triplet, done: Mapping[str, str | None], aside: Mapping[str, str | None], votes: int = 0) -> bool:

@@ -29,11 +29,11 @@ from dhrd_plugin.cli import Parser, number, run
 from dhrd_plugin.data.labels import with_labels
 from dhrd_plugin.data.leaks import restated
 from dhrd_plugin.data.tasks import load_task
-from dhrd_plugin.data.triplet import Triplet, classes_of, words_of
+from dhrd_plugin.data.triplet import Triplet, classes_of, fingerprint, words_of
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError, tell, user_errors
 from dhrd_plugin.teacher.endpoint import Endpoint, Unanswered, find_key
-from dhrd_plugin.teacher.log import RowLog, fingerprint, is_open, known, read_log, rejected
+from dhrd_plugin.teacher.log import RowLog, is_open, known, read_log, rejected
 from dhrd_plugin.teacher.prompt import (
     build_prompt,
     check_answer,

@@ -2,20 +2,29 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dhrd_plugin.data.collator import TripletCollator
-from dhrd_plugin.data.lengths import describe_leaks, describe_lengths, merge, shares, summarise, survey
+from dhrd_plugin.data.lengths import (
+    describe_changed,
+    describe_leaks,
+    describe_lengths,
+    merge,
+    shares,
+    summarise,
+    survey,
+)
 from dhrd_plugin.data.tasks import Task
 from dhrd_plugin.data.triplet import counted_as
 from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.streams.rows import StreamRows
 from dhrd_plugin.streams.stream import TripletStream
-from dhrd_plugin.training.builders import build_collator
+from dhrd_plugin.training.builders import build_collator, told_summary
 from dhrd_plugin.training.config import Config
 
 MOST = 100_000  # rows of a loader that are looked at
@@ -34,8 +43,8 @@ def first_look(
         streams: the rows of each loader, by its key.
 
     Returns:
-        Lines: rows, labels and their share, lengths, what is cut, rationales that state the label; none where the
-        training rows are not here yet.
+        Lines: rows, labels and their share, lengths, what is cut, rationales that state the label or are another row's;
+        none where the training rows are not here yet.
 
     Raises:
         UserError: an input, of training or of evaluation, is longer than ``max_seq_len`` and cannot be cut.
@@ -48,8 +57,15 @@ def first_look(
             collator = build_collator(config, task, tokenizer, reasoning=training)  # evaluation reads no rationale
             collator.max_seq_len = None
             told = _look(StreamRows(here), key, collator, config.max_seq_len)
-            lines += told if training else []
+            lines += [*told, *filter(None, map(_changed, here))] if training else []
     return lines
+
+
+def _changed(stream: TripletStream) -> str:
+    with suppress(TypeError, LookupError, AttributeError):  # a summary may hold anything
+        told = describe_changed(told_summary(stream))
+        return told and f'warning: {told}'
+    return ''
 
 
 def _look(rows: StreamRows, key: str, collator: TripletCollator, limit: int) -> list[str]:

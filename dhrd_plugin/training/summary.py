@@ -17,10 +17,10 @@ from composer import Trainer
 from composer.core import Precision
 from composer.core.precision import get_precision_context
 from composer.loggers import InMemoryLogger
-from composer.utils import dist, format_name_with_dist
+from composer.utils import dist, format_name_with_dist, format_name_with_dist_and_time
 
 from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss
-from dhrd_plugin.callbacks.drop_reasoning_head import compute_metrics
+from dhrd_plugin.callbacks.drop_reasoning_head import DropReasoningHead, compute_metrics
 from dhrd_plugin.callbacks.token_counter import TokenCounter
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.texts import as_argument
@@ -115,6 +115,9 @@ def finish(
     print(f'summary: {path}')
     if tracked := mlflow_run(trainer.logger):
         print(f'mlflow: {tracked}')
+    if best := summary['best']:
+        found = f'{best["dataloader_label"]} {best["metric"]} {best["value"]:.4f}'
+        print(f'exported: the weights of batch {best["batch"]}, {found}')
     if summary['export']:
         print(f'slim classifier: {summary["export"]}')
         print(f'try: {_command()} predict {summary["export"]} {shlex.quote(_example(trainer))}', flush=True)
@@ -151,7 +154,8 @@ def summarize(config: Config, trainer: Trainer, counter: TokenCounter) -> dict[s
         'seconds_per_step': round(state.timestamp.total_wct.total_seconds() / max(1, steps), 3),
         'world_size': dist.get_world_size(),
         'versions': {'python': sys.version.split()[0], **{name: importlib.metadata.version(name) for name in versions}},
-        'export': export and str(export['output_dir']),
+        'export': export and format_name_with_dist_and_time(str(export['output_dir']), state.run_name, state.timestamp),
+        'best': next((part.best for part in state.callbacks if isinstance(part, DropReasoningHead)), None),
         'config': written(config),
     }
     for logger in trainer.logger.destinations:

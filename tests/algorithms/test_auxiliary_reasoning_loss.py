@@ -1,5 +1,6 @@
 """The algorithm in Composer: its events, its log, and gradients that no cut of the batch changes."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -246,6 +247,49 @@ def test_a_collator_that_names_other_classes_is_refused():
         UserError, match=r"label_names: found \['yes', .*, 'more'\] in the collator; .* each of 3 classes"
     ):
         fit_stock(stock_classifier(), [AuxiliaryReasoningLoss()], tokenised(), collate)
+
+
+@pytest.mark.parametrize('stock', [False, True])
+def test_a_collator_with_the_classes_in_another_order_is_refused(stock):
+    turned = LABELS[::-1]
+    message = f'label_names: found {turned} in the collator; expected them as the model has them, {LABELS}'
+    with pytest.raises(UserError, match=re.escape(message)):
+        if stock:
+            collate = RationaleCollator(tiny_tokenizer(), turned)
+            fit_stock(stock_classifier(), [AuxiliaryReasoningLoss()], tokenised(), collate)
+        else:
+            collate = TripletCollator(tiny_tokenizer(), turned)
+            fit_stock(tiny_classifier(), [AuxiliaryReasoningLoss()], triplets(8), collate)
+
+
+class SeveralLosses(HuggingFaceModel):
+    """A user's own, with what Composer takes as losses."""
+
+    kind = dict
+
+    def loss(self, outputs, batch):
+        logits = outputs['logits']
+        parts = {'ce': torch.nn.functional.cross_entropy(logits, batch['labels']), 'l2': logits.pow(2).mean(-1)}
+        return parts if self.kind is dict else tuple(parts.values())
+
+
+@pytest.mark.parametrize('kind', [dict, tuple])
+@pytest.mark.parametrize('alpha', [0.5, 0.0])
+def test_a_model_of_several_losses_trains_on_their_sum(kind, alpha):
+    model = SeveralLosses(stock_classifier().model, tiny_tokenizer())
+    model.kind = kind
+    collate = RationaleCollator(tiny_tokenizer(), LABELS)
+    _, log, _ = fit_stock(model, [AuxiliaryReasoningLoss(alpha=alpha)], tokenised(), collate, microbatch=4)
+    classification, total = series(log, 'loss/train/classification'), series(log, 'loss/train/total')
+    reasoning = series(log, 'loss/train/reasoning') if alpha else [0.0] * len(total)
+    assert total == pytest.approx([c + alpha * r for c, r in zip(classification, reasoning)], rel=1e-6)
+    if kind is dict:
+        parts = zip(series(log, 'loss/train/ce'), series(log, 'loss/train/l2'))
+        assert classification == pytest.approx([ce + l2 for ce, l2 in parts], rel=1e-6)
+    bare = SeveralLosses(stock_classifier().model, tiny_tokenizer())
+    bare.kind = kind
+    alone = fit_stock(bare, [], tokenised(rationales=False), microbatch=4)[1]
+    assert classification[0] == pytest.approx(series(alone, 'loss/train/total')[0], rel=1e-6)
 
 
 def test_weights_and_probabilities_of_a_classification_loss_that_takes_none_are_refused():

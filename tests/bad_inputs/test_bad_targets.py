@@ -171,6 +171,7 @@ OTHERS = [
     ),
 ]
 HEAD = 'callbacks.drop_reasoning_head.output_dir'
+WRITTEN = ('output_dir', 'save_folder', HEAD, 'loggers.file.filename')
 TRAINED = [
     ([f'{HEAD}=out'], f'{HEAD}: out: is output_dir'),
     ([f'{HEAD}=work', 'output_dir=work/out'], f'{HEAD}: work: holds output_dir (work/out)'),
@@ -212,6 +213,7 @@ TRAINED = [
     ),
     (['loggers.file.filename=data/train.jsonl'], 'loggers.file.filename: data/train.jsonl: is train_loader.source'),
     (['loggers.file.filename=notes.txt'], 'loggers.file.filename: notes.txt: holds something else than a log'),
+    *(([f'{key}=~/x'], f'{key}: ~/x: found ~, which only a shell expands; expected /') for key in WRITTEN),
     (['loggers.file.filename=docs'], 'loggers.file.filename: docs: found a folder; expected a file'),
 ]
 COMPARED = [
@@ -220,6 +222,7 @@ COMPARED = [
     ('compare.yaml', 'output_dir=plan', 'plan/comparison.yaml: tasks: found None'),
     ('own/comparison.yaml', 'output_dir=own', 'own/comparison.yaml: is the YAML of the comparison'),
     ('compare.yaml', 'output_dir=s3://bucket/compared', 'found an address'),
+    ('compare.yaml', 'output_dir=~/compared', 'output_dir: ~/compared: found ~, which only a shell expands'),
     ('compare.yaml', 'arms.pooled={output_dir: notes.txt}', "arms.pooled.output_dir: found 'notes.txt'; expected none"),
 ]
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from composer.algorithms import EMA
+from composer.algorithms import EMA, SWA
 from composer.callbacks import EarlyStopper
+from composer.core import Event
 from configs import TASK
 from forks import run_ranks
 from parallel_runs import config_of, write_inputs
@@ -222,16 +223,57 @@ def test_what_is_known_of_an_earlier_exports_weights_is_not_told_of_those_traine
     assert load_classifier(tmp_path / 'slim').temperature is None
 
 
+def test_composers_evaluation_after_the_fits_end_counts(tmp_path):
+    """It comes where the interval, of two batches, does not divide the duration; the last step alone learns."""
+    series, callback = Series(), best(tmp_path / 'slim', calibrate='eval')
+    schedule = {'schedulers': lambda state: 3.0 * (state.timestamp.batch >= 5)}
+    build(classifier(), callback, series, **schedule).fit(duration='7ba')
+    assert list(series.found) == [2, 4, 6, 7] and series.found[7] > series.found[6]
+    facts, report = facts_of(tmp_path / 'slim'), report_on(tmp_path / 'slim', [rows_file(tmp_path)])
+    assert facts['best']['batch'] == 7 and report['metrics']['accuracy'] == pytest.approx(series.found[7])
+    assert report['calibration']['ece'] == pytest.approx(facts['calibration']['ece_after'], abs=1e-4)
+
+
+@pytest.mark.parametrize('average', [EMA(half_life='1ep', update_interval='1ep'), SWA(swa_start='0ep', swa_end='1ep')])
+def test_the_card_tells_nothing_of_weights_that_were_averaged_after_their_evaluation(tmp_path, average):
+    """The evaluation of the second batch, the epoch's last, comes before the epoch's end."""
+    for algorithms, told in (([], True), ([average], False)):
+        trainer = build(classifier(), DropReasoningHead(str(tmp_path / 'slim')))
+        trainer.state.algorithms += algorithms
+        trainer.fit(duration='2ba')
+        assert ('## Evaluation' in card_of(tmp_path / 'slim')) is told
+
+
+def highest_and_lowest(tmp_path):
+    """Two exports: of the best evaluation and of the worst, so that one of them is not the first."""
+    choice = {'monitor': ACCURACY, 'dataloader_label': 'eval'}
+    return [DropReasoningHead(str(tmp_path / mode), mode=mode, **choice) for mode in ('max', 'min')]
+
+
+def test_a_second_fit_from_the_start_knows_nothing_of_the_firsts_evaluations(tmp_path):
+    trainer = build(classifier(), *highest_and_lowest(tmp_path))
+    for evaluator in trainer.state.evaluators:
+        evaluator.eval_interval = '1ep'
+    for options in ({}, {'reset_time': True}):
+        trainer.fit(duration='1ep', **options)
+        for mode in ('max', 'min'):
+            report = report_on(tmp_path / mode, [rows_file(tmp_path)])
+            assert report['metrics']['accuracy'] == pytest.approx(facts_of(tmp_path / mode)['best']['value'])
+
+
 def test_without_an_evaluation_of_the_last_batch_the_export_is_whole_but_the_run_says_so(tmp_path):
     trainer = build(classifier(), DropReasoningHead(str(tmp_path / 'slim'), calibrate='eval'))
+    for evaluator in trainer.state.evaluators:
+        evaluator.eval_interval = lambda state, event: event == Event.BATCH_END and state.timestamp.batch == 2
     with pytest.raises(UserError, match=r'found no evaluation of eval after the batch that is exported; .* is whole'):
         trainer.fit(duration='3ba')
     assert 'Calibration' not in card_of(tmp_path / 'slim')
 
 
-def test_five_epochs_of_a_yaml_whose_best_is_the_second(tmp_path):
+def test_five_epochs_of_a_yaml_whose_best_is_the_second(tmp_path, capsys):
     write_inputs(tmp_path)
-    export = f'{{output_dir: {tmp_path}/slim, monitor: {ACCURACY}, calibrate: val}}'
+    slim = tmp_path / 'slim-ep5'
+    export = f'{{output_dir: "{tmp_path}/slim-ep{{epoch}}", monitor: {ACCURACY}, calibrate: val}}'
     config = config_of(
         tmp_path,
         'one',
@@ -246,9 +288,16 @@ def test_five_epochs_of_a_yaml_whose_best_is_the_second(tmp_path):
     series = {int(time.epoch): float(value) for time, value in log[f'metrics/val/{ACCURACY}']}
     chosen = max(series, key=series.__getitem__)
     assert list(series) == [1, 2, 3, 4, 5] and chosen == 2 and series[5] < series[2], series
-    report = report_on(tmp_path / 'slim', [tmp_path / 'val.jsonl'])
+    report = report_on(slim, [tmp_path / 'val.jsonl'])
     assert report['metrics']['accuracy'] == pytest.approx(series[chosen])
-    card = card_of(tmp_path / 'slim')
+    (file,) = tmp_path.rglob('summary.json')
+    summary, batch = json.loads(file.read_text()), facts_of(slim)['best']['batch']
+    assert summary['export'] == str(slim) and summary['best']['value'] == series[chosen]
+    assert summary['metrics']['val'][ACCURACY] == series[5]  # of the last weights
+    printed = capsys.readouterr().out.splitlines()
+    assert f'exported: the weights of batch {batch}, val {ACCURACY} {series[chosen]:.4f}' in printed
+    assert f'slim classifier: {slim}' in printed
+    card = card_of(slim)
     assert f'(epoch {chosen})' in card and f'| val | {ACCURACY} | {report["metrics"]["accuracy"]:.4f} |' in card
     assert f'and is {report["calibration"]["ece"]:.4f}' in card
     assert f'was {report["calibration"]["before"]["ece"]:.4f}' in card

@@ -7,7 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 from plans import COMPARISON, SHORT, load, write
 from runs import ROOT, write_run
+from tiny import triplet
 
+from dhrd_plugin import write_triplets
 from dhrd_plugin.comparison.cells import main
 from dhrd_plugin.comparison.plan import build_cells, load_comparison
 from dhrd_plugin.comparison.results import PLAN, RESULTS, read_lines
@@ -103,6 +105,22 @@ def test_what_a_cell_reads_has_a_hash_of_its_own(run_folder, tmp_path, changed):
     assert built().data not in (first.data, None) and built().fingerprint == first.fingerprint
     (tmp_path / changed).unlink()
     assert built().data is None
+
+
+def test_shards_and_a_file_in_the_home_folder_have_a_hash_too(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+
+    def digest(rows, **loader):
+        (tmp_path / 'train.jsonl').write_text(rows)
+        given = [triplet(index, text) for index, text in enumerate(rows.split())]
+        write_triplets(given, tmp_path / 'shards' / 'train', overwrite=True)
+        task = {**SHORT, 'train_loader': {'source': None, **loader}}
+        return build_cells(load(run_folder, tmp_path / 'out', tasks={'tiny': task}))[0].data
+
+    shards = {'local': '~/shards', 'split': 'train'}
+    for loader in ({'source': '~/train.jsonl'}, shards, {'streams': {'one': shards}}):
+        one, two = digest('one rationale', **loader), digest('another rationale', **loader)
+        assert None not in (one, two) and one != two and digest('one rationale', **loader) == one
 
 
 def test_null_leaves_a_task_or_an_arm_out_and_says_so(run_folder, tmp_path, capsys):

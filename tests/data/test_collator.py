@@ -6,6 +6,7 @@ from tiny import LABELS, VOCAB, byte_tokenizer, tiny_tokenizer, triplet, triplet
 
 from dhrd_plugin.data.collator import Markers, TripletCollator
 from dhrd_plugin.data.data_spec import split, split_by_length, triplet_data_spec
+from dhrd_plugin.data.lengths import summarise, survey
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models.extent import Extent
 from dhrd_plugin.models.network import upto
@@ -152,6 +153,20 @@ def test_a_limit_of_the_rationale_alone(longest, cut):
     text = ids('w1 w2 w3 <REASON> w4 w5 <ANS> maybe')
     assert batch['input_ids'][0].tolist() == (text[:5] + text[6:] if cut else text)
     assert batch.get('rationale_cut', torch.zeros(2)).tolist() == [cut, 0]
+
+
+@pytest.mark.parametrize('longest', [None, 1, 4])
+@pytest.mark.parametrize('limit', [5, 9, 99])
+def test_a_survey_counts_the_rows_whose_rationale_a_run_cuts(limit, longest):
+    found = survey(triplets(16), collator(rationale_max_tokens=longest))
+    batch = collator(rationale_max_tokens=longest, max_seq_len=limit)([row for row in triplets(16) if fits(row, limit)])
+    told = summarise(found, 'the run', limit)
+    assert told['cut'] == sum(cut > 0 for cut in batch.get('rationale_cut', torch.zeros(0)).tolist())
+    assert told['inputs_too_long'] == 16 - len(batch['labels'])
+
+
+def fits(row, limit):
+    return len(row['input_text'].split()) <= limit
 
 
 @pytest.mark.parametrize('side', ['right', 'left'])

@@ -58,6 +58,13 @@ def test_without_a_rationale_the_batch_is_their_own(theirs, given):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+def test_without_reasoning_rows_with_a_rationale_give_their_own_batch():
+    """For a stock classifier, which would pool the answer."""
+    expected = DataCollatorWithPadding(tiny_tokenizer())(bare([row(answer='maybe')]))
+    found = collate([row(answer='maybe')], reasoning=False)
+    assert list(found) == list(expected) and all(torch.equal(found[key], value) for key, value in expected.items())
+
+
 def test_what_they_return_is_handed_on_as_it_is():
     batch = BatchEncoding({'anything': torch.ones(2)})
     assert collate([{'text': 'w1'}, {'text': 'w2'}], collate_fn=lambda rows: batch) is batch

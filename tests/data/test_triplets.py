@@ -15,10 +15,11 @@ from real import COUNTS, CREAK
 
 from dhrd_plugin.data.controls import CONTROLS, apply_control
 from dhrd_plugin.data.csv_lines import CsvLines
+from dhrd_plugin.data.lengths import describe_changed
 from dhrd_plugin.data.rows import read_rows, source_file
 from dhrd_plugin.data.shards import cached_shards
 from dhrd_plugin.data.tasks import load_task
-from dhrd_plugin.data.triplet import BadRow
+from dhrd_plugin.data.triplet import BadRow, fingerprint
 from dhrd_plugin.data.triplets import join_rationales, read_triplets
 from dhrd_plugin.errors import UserError
 
@@ -63,7 +64,14 @@ def test_every_rationale_of_rte_joins(shared):
     report = {}
     rationales = shared / 'rationales' / 'rte_train.jsonl'
     rows = list(read_triplets(shared / 'superglue' / 'RTE', RTE, rationales, 'train', report=report))
-    assert report == {'rationales': 2490, 'joined': 2490, 'replaced': 0, 'unmatched': 0, 'rows_without': 0}
+    assert report == {
+        'rationales': 2490,
+        'joined': 2490,
+        'replaced': 0,
+        'changed': 0,
+        'unmatched': 0,
+        'rows_without': 0,
+    }
     assert all(row['rationale'] for row in rows)
 
 
@@ -430,7 +438,7 @@ def test_join_takes_texts_lists_and_weights(tmp_path):
     rows = list(join_rationales([triplet(0, None), triplet(1, 'old'), triplet(2, None)], path, report=report))
     assert [row['rationale'] for row in rows] == ['why', ['a', 'b'], None]
     assert [row['weight'] for row in rows] == [3.0, 1.0, 1.0]
-    assert report == {'rationales': 2, 'joined': 2, 'replaced': 1, 'unmatched': 0, 'rows_without': 1}
+    assert report == {'rationales': 2, 'joined': 2, 'replaced': 1, 'changed': 0, 'unmatched': 0, 'rows_without': 1}
 
 
 @pytest.mark.parametrize(
@@ -524,7 +532,7 @@ def test_votes_join_beside_rationales_and_instead_of_them(tmp_path):
         ('', None, VOTES),
         ('entailment', None, None),
     ]
-    assert report == {'rationales': 2, 'joined': 2, 'replaced': 0, 'unmatched': 0, 'rows_without': 2}
+    assert report == {'rationales': 2, 'joined': 2, 'replaced': 0, 'changed': 0, 'unmatched': 0, 'rows_without': 2}
 
 
 def test_a_row_that_the_join_leaves_without_a_label_is_refused(tmp_path):
@@ -560,6 +568,40 @@ def test_a_rationale_is_found_by_an_id_of_several_fields(tmp_path):
     for why in ({'doc': {'name': 'd'}, 'n': 3, 'rationale': 'r'}, {'id': 'd-3', 'rationale': 'r'}):
         (found,) = read_triplets(data, task, write_jsonl(tmp_path / 'why.jsonl', [why]))
         assert found['rationale'] == 'r'
+
+
+def test_ids_that_the_template_does_not_name_are_no_numbers_of_rows(tmp_path):
+    bare = {'name': 'x', 'prompt': '{text}', 'labels': ['A', 'B']}
+    rows = [{'id': i, 'text': f't{i}', 'label': 'A'} for i in range(3)]
+    data, why = (tmp_path / name for name in ('a.jsonl', 'why.jsonl'))
+    write_jsonl(data, rows)
+    write_jsonl(why, [{'id': i, 'rationale': f'r{i}'} for i in (1, 2)])
+    with pytest.raises(UserError, match=f'^{why}: field id: {data} has one too, which .* expected id: id in the templ'):
+        read_triplets(data, load_task(bare), why)
+    named = read_triplets(data, load_task({**bare, 'id': 'id'}), why)
+    assert [row['rationale'] for row in named] == [None, 'r1', 'r2']
+    for row in rows:
+        del row['id']
+    write_jsonl(data, rows)
+    numbered = read_triplets(data, load_task(bare), why)
+    assert [row['rationale'] for row in numbered] == ['r1', 'r2', None]
+
+
+def test_rationales_of_another_state_of_the_data_are_counted(tmp_path):
+    """Where the template names no id, a row that is put in before moves all the others."""
+    task = load_task({'name': 'x', 'prompt': '{text}', 'labels': ['A', 'B']})
+    rows = [{'text': f't{i}', 'label': 'AB'[i % 2]} for i in range(4)]
+    data = write_jsonl(tmp_path / 'a.jsonl', rows)
+    made = [{'idx': row['id'], 'rationale': 'r', 'input': fingerprint(row)} for row in read_triplets(data, task)]
+    made[3] |= {'votes': 3}  # of these the file does not say how many were asked for
+    why = write_jsonl(tmp_path / 'why.jsonl', made)
+    for more, expected in ([], 0), ([{'text': 'new', 'label': 'A'}], 3):
+        report = {}
+        write_jsonl(data, [*more, *rows])
+        assert len(list(read_triplets(data, task, why, report=report))) == 4 + len(more)
+        assert (report['joined'], report['changed']) == (4, expected)
+    told = describe_changed({'joined': report})
+    assert told.startswith('3 of 4 rationales were written for another text or answer') and not describe_changed({})
 
 
 @pytest.mark.parametrize('rationales', [[], [{'idx': 8, 'rationale': 'x'}, {'idx': 9, 'rationale': 'x'}]])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from composer.models import HuggingFaceModel
+from stock import stock_classifier
 from tiny import KINDS, LABELS, WORDS, tiny_lm, tiny_network, tiny_tokenizer, triplet, triplets
 from transformers import (
     AutoConfig,
@@ -127,6 +128,14 @@ def test_the_default_pool_index_is_the_last_real_token():
         expected = network(**batch).logits
         del batch['pool_index']
         assert torch.equal(network(**batch).logits, expected)
+
+
+@pytest.mark.parametrize('stock', [False, True])
+def test_a_rationale_without_a_pool_index_is_refused(stock):
+    network = apply_reasoning_head(stock_classifier()).model if stock else tiny_network()
+    batch = {key: value for key, value in collate(triplets()).items() if key not in ('pool_index', 'labels')}
+    with pytest.raises(UserError, match=r'^pool_index: missing beside reasoning_labels; expected \[B\]'):
+        network(**batch, return_reasoning_loss=True)
 
 
 def test_mean_pooling_does_not_see_a_broken_state_behind_the_input():

@@ -227,6 +227,21 @@ def test_the_stock_loss_of_other_problems_is_kept(problem):
     torch.testing.assert_close(out.loss, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize('alpha', [1.0, 0.0])
+def test_labels_of_as_many_classes_as_there_are_columns_stay_whole(alpha):
+    """A microbatch's columns that are all padding are cut from all that stands by token."""
+    batch = collator()(tokenised())
+    count = batch['input_ids'].shape[1]
+    model = apply_reasoning_head(stock_classifier(num_labels=count, problem_type='multi_label_classification'))
+    labels = torch.randint(2, (8, count), generator=torch.Generator().manual_seed(0)).float()
+    short = int(batch['attention_mask'].sum(1).argmin())
+    cut = {key: value[short : short + 1] for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    given = {**cut, 'labels': labels[short : short + 1], 'return_reasoning_loss': alpha > 0}
+    out = model(given)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(out.logits, given['labels'])
+    torch.testing.assert_close(out.loss, expected, atol=1e-6, rtol=1e-6)
+
+
 def test_a_config_that_asks_for_tuples_trains_alike():
     try:
         stock_classifier(return_dict=False).model(input_ids=torch.ones(1, 2, dtype=torch.long))

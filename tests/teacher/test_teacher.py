@@ -533,7 +533,7 @@ def test_every_misbehaviour(tmp_path, serve, data):
     assert sorted(int(row['idx']) for row in written) == [i for i in range(40) if str(i) not in rejects]
     report = {}
     triplets = list(read_triplets(path, RTE, tmp_path / 'out.jsonl', report=report))
-    assert report['joined'] == 33 and report['unmatched'] == 0
+    assert (report['joined'], report['unmatched'], report['changed']) == (33, 0, 0)
     assert all(t['rationale'].startswith('The first sentence says') for t in triplets if t['id'] not in rejects)
 
     # The client's own retries: not a request more, and Retry-After is waited for.

@@ -3,13 +3,15 @@
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from composer.algorithms import LabelSmoothing, SeqLengthWarmup
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.optim import ComposerScheduler
+from composer.utils import ensure_tuple
+from torch import Tensor
 
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import combine_losses, weighted_mean
@@ -96,16 +98,29 @@ def check_neighbours(algorithms: Sequence[Algorithm]) -> None:
                 raise UserError(f'auxiliary_reasoning_loss: found {refused.__name__} beside it: {reason}')
 
 
-def _check_class_count(state: State, model: Any) -> None:
-    """Refuse a collator that names other classes than the model has: the reasoning would end in a wrong name."""
-    names = getattr(getattr(state.dataloader, 'collate_fn', None), 'class_index', None)
-    count = getattr(getattr(model, 'config', None), 'num_labels', None)
+def _check_classes(state: State, model: Any) -> None:
+    """Refuse a collator with another number or order of classes than the model has; it may have other words for them.
+
+    Labels would be those of other classes, and the reasoning would end in a wrong name.
+    """
+    names = list(getattr(getattr(state.dataloader, 'collate_fn', None), 'class_index', None) or ())
     if isinstance(model, ComposerDualHeadClassifier):
-        count = len(model.label_names)
-    if names and count and len(names) != count:
-        raise UserError(
-            f'label_names: found {list(names)} in the collator; expected a name for each of {count} classes'
-        )
+        known = list(model.label_names)
+    else:
+        known = list((getattr(getattr(model, 'config', None), 'id2label', None) or {}).values())
+    if not names or not known:
+        return
+    if len(names) != len(known):
+        raise UserError(f'label_names: found {names} in the collator; expected a name for each of {len(known)} classes')
+    if names != known and set(names) == set(known):
+        raise UserError(f'label_names: found {names} in the collator; expected them as the model has them, {known}')
+
+
+def _total(loss: Any) -> Any:
+    """The one loss of a model, summed as Composer does where there are several."""
+    if isinstance(loss, Mapping) and 'total' in loss:
+        return loss['total']
+    return loss if isinstance(loss, Tensor) else sum(part.mean() for part in ensure_tuple(loss))
 
 
 def _check_own_loss(batch: Any, model: Any) -> None:
@@ -196,7 +211,7 @@ class AuxiliaryReasoningLoss(Algorithm):
                 warnings.warn(NO_RATIONALES, stacklevel=2)
             model = getattr(state.model, 'module', state.model)
             if state.timestamp.batch == 0:
-                _check_class_count(state, model)
+                _check_classes(state, model)
             _check_own_loss(state.batch, model)
             # A new dict, not a new key: the trainer may split this batch again after an OOM.
             state.batch = {**state.batch, RETURN_REASONING_LOSS: alpha > 0}
@@ -204,9 +219,10 @@ class AuxiliaryReasoningLoss(Algorithm):
             self._add_reasoning_loss(state, alpha)
 
     def _add_reasoning_loss(self, state: State, alpha: float) -> None:
-        classification = state.loss
+        parts = state.loss if isinstance(state.loss, Mapping) else {}
+        classification = _total(state.loss)
         if alpha == 0:
-            state.loss = {'total': self.beta * classification, 'classification': classification}  # pyright: ignore
+            state.loss = {**parts, 'total': self.beta * classification, 'classification': classification}
             return
         if 'reasoning_loss' not in state.outputs:
             raise UserError(
@@ -215,7 +231,8 @@ class AuxiliaryReasoningLoss(Algorithm):
             )
         reasoning = weighted_mean(state.outputs['reasoning_loss'], state.batch.get('reasoning_weight'))  # pyright: ignore
         state.loss = {
-            'total': combine_losses(classification, reasoning, alpha, self.beta),  # pyright: ignore
+            **parts,
+            'total': combine_losses(classification, reasoning, alpha, self.beta),
             'classification': classification,
             'reasoning': reasoning,
         }
