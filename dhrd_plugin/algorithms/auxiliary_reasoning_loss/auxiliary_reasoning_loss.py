@@ -120,7 +120,8 @@ def _total(loss: Any) -> Any:
     """The one loss of a model, summed as Composer does where there are several."""
     if isinstance(loss, Mapping) and 'total' in loss:
         return loss['total']
-    return loss if isinstance(loss, Tensor) else sum(part.mean() for part in ensure_tuple(loss))
+    parts: Any = ensure_tuple(loss)
+    return loss if isinstance(loss, Tensor) else sum(part.mean() for part in parts)
 
 
 def _check_own_loss(batch: Any, model: Any) -> None:
