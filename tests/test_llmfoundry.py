@@ -11,6 +11,7 @@ from composer.core import Algorithm, Callback
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerModel
 from composer.optim import CosineAnnealingWithWarmupScheduler
+from configs import RANDOM
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
@@ -51,7 +52,7 @@ def build(group: str, **settings):
 
 def fit(root, out, *overrides: str):
     """The order and the arguments of llm-foundry 0.22.0's train(), on its YAML."""
-    given = ['model.config_overrides={num_hidden_layers: 2}', f'variables.output_dir={out}', *overrides]
+    given = [*RANDOM, f'variables.output_dir={out}', *overrides]
     yaml = OmegaConf.merge(OmegaConf.load(root / 'yamls' / 'llmfoundry' / 'rte.yaml'), OmegaConf.from_dotlist(given))
     config = OmegaConf.to_container(yaml, resolve=True)
     torch.manual_seed(config['seed'])
@@ -189,9 +190,14 @@ def test_a_mistake_is_one_line(group, settings, expected):
     assert '\n' not in str(error.value)
 
 
-def test_llm_foundry_is_not_needed(run):
-    del run
+def test_llm_foundry_is_not_needed(root, tmp_path, monkeypatch):
+    class Refuses:
+        def find_spec(self, name, path=None, target=None):
+            assert name.split('.')[0] != 'llmfoundry', name
+
+    monkeypatch.setattr(sys, 'meta_path', [Refuses(), *sys.meta_path])
     assert 'llmfoundry' not in sys.modules
+    fit(root, tmp_path)
 
 
 def test_the_seed_decides_on_the_order_of_the_rows(root):

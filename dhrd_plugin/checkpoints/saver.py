@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from composer.callbacks import CheckpointSaver
@@ -131,6 +131,14 @@ def _on_any_rank(flag: Any, state: State) -> bool:
     return bool(found)
 
 
+class _Failure(NamedTuple):
+    """What a rank met while it saved: where, what, and whether the operating system refused."""
+
+    path: str
+    reason: str
+    refused: bool
+
+
 def save(saver: CheckpointSaver, event: Event, state: State, logger: Logger) -> None:
     """Run an event of a saver; where it fails on one rank, it fails on all of them.
 
@@ -154,14 +162,15 @@ def save(saver: CheckpointSaver, event: Event, state: State, logger: Logger) -> 
                     dist.all_gather_object([])
     if saver.last_checkpoint_batch is last:
         return  # it was not time to save
-    met = dist.all_gather_object(failure and (str(_path(saver, state)), *_reason(failure)))
-    path, reason, refused = next(filter(None, met), (None, None, False))
-    if refused:
+    gathered = dist.all_gather_object(failure and _Failure(str(_path(saver, state)), *_reason(failure)))
+    # Of a rank that failed later than Composer's own gathering began, the others' lists of files.
+    met = next((found for found in gathered if isinstance(found, _Failure)), None)
+    if met and met.refused:
         raise UserError(
-            f'save_folder: {path}: cannot be written: {reason}; the checkpoints before it are as they were'
+            f'save_folder: {met.path}: cannot be written: {met.reason}; the checkpoints before it are as they were'
         ) from failure
-    if path is not None:
-        raise failure or RuntimeError(f'{path}: cannot be saved: {reason}')
+    if met:
+        raise failure or RuntimeError(f'{met.path}: cannot be saved: {met.reason}')
 
 
 @contextmanager

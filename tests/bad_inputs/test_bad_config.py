@@ -242,7 +242,8 @@ def test_a_stream_smaller_than_its_share_of_a_batch(refused, run, shards, method
 
 def test_a_stream_of_which_no_row_is_taken(refused, run, shards):
     streams = 'train_loader.streams={b: {local: b, repeat: 0.01}}'
-    assert 'train_loader' in refused('train', run, 'train_loader.source=null', streams)
+    line = refused('train', run, 'train_loader.source=null', streams)
+    assert line == 'error: train_loader: found no batch of rows in an epoch; expected one or more'
 
 
 @pytest.mark.parametrize('told', [True, False], ids=['summary', 'rows'])

@@ -102,7 +102,11 @@ DAMAGES = {
     'config.json: names are numbers': ('slim', config(id2label={0: 5, 1: 6, 2: 7}), ['id2label: found']),
     'config.json: names of no class': ('slim', config(id2label={'x': 'a'}), ['slim: cannot be loaded']),
     'config.json: no names': ('slim', config(id2label=5), ['slim: cannot be loaded']),
-    'config.json: a task that is none': ('slim', config(dhrd={'task': {'prompt': 5}}), ['']),
+    'config.json: a task that is none': (
+        'slim',
+        config(dhrd={'task': {'prompt': 5}}),
+        ['task: prompt: found 5; expected a text'],
+    ),
     'config.json: dhrd is a text': ('slim', config(dhrd='rte'), ['slim: cannot be loaded']),
     'weights: none': ('stock', gone('model.safetensors'), ['stock: cannot be loaded']),
     'weights: empty': ('stock', put('model.safetensors', ''), ['stock: cannot be loaded']),

@@ -1,18 +1,9 @@
 """What tests of more than one verb need."""
 
-import gc
 from pathlib import Path
 
 import pytest
 from tiny import tiny_lm, tiny_tokenizer
-
-
-@pytest.fixture
-def frozen():
-    """What the session has imported is not looked at each time that a benchmark collects garbage."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -74,7 +74,6 @@ def test_what_was_written_is_described():
     assert f'at least {work:.0f} times' in text
 
 
-@pytest.mark.usefixtures('frozen')
 def test_the_verb_measures_every_bar(model_folder, tmp_path, monkeypatch):
     out = tmp_path / 'report.json'
     monkeypatch.setattr(infer, 'load_rows', lambda count, split: (load_task(TASK), ROWS[:count], f'made {split}'))

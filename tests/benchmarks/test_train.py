@@ -132,7 +132,6 @@ def test_padding_is_counted_as_it_is_cut(microbatch, tokens):
     assert train.padded_tokens([8, 1, 4, 2], microbatch) == tokens
 
 
-@pytest.mark.usefixtures('frozen')
 def test_the_verb_measures_every_bar(model_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / 'report.json'
     monkeypatch.setattr(train, 'MICROBATCHES', (2, 8))

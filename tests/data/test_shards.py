@@ -154,8 +154,8 @@ def test_writing_is_nearly_as_fast_as_a_bare_writer(tmp_path):
         shutil.rmtree(tmp_path / 'set')
         return spent
 
-    ratios = [seconds(bare) / seconds(lambda out: write_triplets(many, out, task=RTE)) for _ in range(7)]
-    assert max(ratios) > 0.8, ratios  # the best of seven: the machine is not ours alone
+    # The best of seven: the machine is not ours alone.
+    assert any(seconds(bare) > 0.8 * seconds(lambda out: write_triplets(many, out, task=RTE)) for _ in range(7))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -35,11 +35,29 @@ def log_model(folder, store) -> Path:
 
 
 @pytest.mark.parametrize('head, several', [('linear', False), ('mlp', True)])
-def test_mlflow_models_serve_answers_with_the_labels(tmp_path, head, several, monkeypatch):
+def test_mlflow_answers_with_the_labels(tmp_path, head, several, monkeypatch):
+    """By its own server; a stock classifier, which has no code of ours, in this process."""
     monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
     model = tiny_classifier(tiny_tokenizer(bos=True, apart=True), several, head=head)
     slim = write_slim(model.get_metadata(), model.network.state_dict(), tmp_path / 'slim')
-    logged, port, programs = log_model(slim, tmp_path / 'store'), free_port(), Path(sys.executable).parent
+    logged = log_model(slim, tmp_path / 'store')
+    rows = served(logged, tmp_path) if head == 'mlp' else mlflow_rows(logged)
+    classifier = load_classifier(slim)
+    assert [row['label'] for row in rows] == classifier.predict(TEXTS)
+    for row, expected in zip(rows, classifier.predict_proba(TEXTS).tolist(), strict=True):
+        assert list(row['probabilities'].values()) == pytest.approx(expected, abs=1e-4)
+    assert any(row['label'] != rows[0]['label'] for row in rows)
+
+
+def mlflow_rows(logged) -> list[dict[str, Any]]:
+    import mlflow
+
+    return mlflow.pyfunc.load_model(str(logged)).predict(TEXTS).to_dict('records')
+
+
+def served(logged, tmp_path) -> list[dict[str, Any]]:
+    """What ``mlflow models serve`` answers."""
+    port, programs = free_port(), Path(sys.executable).parent
     options = ['--env-manager', 'local', '--host', '127.0.0.1', '--port', str(port), '--workers', '1']
     command = [str(programs / 'mlflow'), 'models', 'serve', '--model-uri', str(logged), *options]
     path = f'{programs}{os.pathsep}{os.environ["PATH"]}'  # where mlflow finds its server
@@ -53,11 +71,6 @@ def test_mlflow_models_serve_answers_with_the_labels(tmp_path, head, several, mo
         with urllib.request.urlopen(
             urllib.request.Request(f'{address}/invocations', body, headers), timeout=120
         ) as got:
-            rows = json.load(got)['predictions']
+            return json.load(got)['predictions']
     finally:
         kill(process)  # its workers too
-    classifier = load_classifier(slim)
-    assert [row['label'] for row in rows] == classifier.predict(TEXTS)
-    for row, expected in zip(rows, classifier.predict_proba(TEXTS).tolist(), strict=True):
-        assert list(row['probabilities'].values()) == pytest.approx(expected, abs=1e-4)
-    assert any(row['label'] != rows[0]['label'] for row in rows)

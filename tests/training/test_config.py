@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from forks import Popen
 
 from dhrd_plugin import load_config
 from dhrd_plugin.errors import UserError
@@ -109,9 +110,10 @@ def test_values_are_typed_and_interpolated(yaml):
 def test_the_command_says_it_without_a_traceback(root, yaml):
     command = [sys.executable, str(root / 'scripts' / 'train.py'), str(yaml)]
     overrides = ['algorithms.auxiliary_reasoning_loss.alhpa=1', 'train_loader.source=absent.jsonl']
-    done = subprocess.run(command + overrides, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if 'Warning' not in line and not line.startswith(' ')]
+    process = Popen(command + overrides, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    (line,) = [line for line in errors.splitlines() if 'Warning' not in line and not line.startswith(' ')]
     assert line.startswith('error: ')
     assert "algorithms.auxiliary_reasoning_loss.alhpa: unknown key; did you mean 'alpha'?" in line
 

@@ -4,13 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from forks import Popen
 from runs import finish, launch, wait_for, write_run
 
 from dhrd_plugin import cli
+from dhrd_plugin.checkpoints import saver as saver_module
 from dhrd_plugin.checkpoints.saver import save
+from dhrd_plugin.errors import UserError
 
 
 @pytest.mark.parametrize('ranks', [1, 2])
@@ -57,3 +60,19 @@ def test_ctrl_c_waits_until_a_checkpoint_is_written():
     with pytest.raises((KeyboardInterrupt, SystemExit)):  # without and with Composer
         save(saver, None, None, None)
     assert saver.written and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_rank_that_fails_beside_composers_own_gathering_tells_what_it_met(monkeypatch):
+    """The others send it the files that they saved, not what they met."""
+
+    class Saver:
+        last_checkpoint_batch, symlink_count = None, 0
+
+        def run_event(self, *_):
+            self.last_checkpoint_batch, self.symlink_count = 1, 1
+            raise FileExistsError(17, 'File exists', 'latest')
+
+    monkeypatch.setattr(saver_module.dist, 'all_gather_object', lambda mine: [['ep1/__0_0.distcp'], mine])
+    monkeypatch.setattr(saver_module, '_path', lambda *_: Path('ep1'))
+    with pytest.raises(UserError, match='^save_folder: ep1: cannot be written: File exists'):
+        save(Saver(), None, None, None)
