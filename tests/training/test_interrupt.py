@@ -74,5 +74,5 @@ def test_a_rank_that_fails_beside_composers_own_gathering_tells_what_it_met(monk
 
     monkeypatch.setattr(saver_module.dist, 'all_gather_object', lambda mine: [['ep1/__0_0.distcp'], mine])
     monkeypatch.setattr(saver_module, '_path', lambda *_: Path('ep1'))
-    with pytest.raises(UserError, match='^save_folder: ep1: cannot be written: File exists'):
+    with pytest.raises(UserError, match=r'^save_folder: ep1: cannot be written: File exists'):
         save(Saver(), None, None, None)
