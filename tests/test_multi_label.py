@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import shutil
 
 import pandas as pd
@@ -12,7 +13,7 @@ from configs import config_from
 from sklearn.metrics import accuracy_score, f1_score
 from tiny import LABELS, WORDS, exact, of_several, relative_error, tiny_classifier, tiny_lm, tiny_tokenizer, triplets
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from dhrd_plugin import RationaleCollator, TripletCollator, load_classifier, train, write_triplets
 from dhrd_plugin.calibration import calibrate, calibration_error
@@ -117,15 +118,18 @@ def test_every_loader_answers_alike(run):
     stock = AutoModelForSequenceClassification.from_pretrained(run / 'slim')
     assert type(stock).__name__ == 'LlamaForSequenceClassification'
     assert stock.config.problem_type == 'multi_label_classification'
-    classify = pipeline('text-classification', model=stock, tokenizer=AutoTokenizer.from_pretrained(run / 'slim'))
-    for row, answer in zip(expected.tolist(), classify(texts, top_k=None)):
+    card = (run / 'slim' / 'README.md').read_text()
+    (code,) = re.findall('```python\n(.*?)```', card, re.DOTALL)
+    exec(code.replace('FOLDER', str(run / 'slim')), found := {})
+    for row, answer in zip(expected.tolist(), found['classify'](texts)):
         assert {item['label']: item['score'] for item in answer} == pytest.approx(dict(zip(TOPICS, row)), abs=1e-5)
     onnx = load_classifier(run / 'slim' / 'model.onnx').predict_proba(texts)
     torch.testing.assert_close(onnx, expected, atol=1e-4, rtol=0)
     int8 = load_classifier(run / 'slim' / 'model-int8.onnx')
     same = [one == other for one, other in zip(int8.predict(texts), ours.predict(texts))]
     assert sum(same) >= 28
-    assert 'any number of them to a text: `access`, `billing`, `delivery`' in (run / 'slim' / 'README.md').read_text()
+    assert 'any number of them to a text: `access`, `billing`, `delivery`' in card
+    assert 'A text has the labels whose score is at least one half.' in card
 
 
 def test_the_labels_that_are_one_half_probable_are_given(run):

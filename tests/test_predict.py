@@ -20,7 +20,7 @@ from dhrd_plugin import load_classifier
 from dhrd_plugin.data.rows import read_rows
 from dhrd_plugin.data.shards import write_triplets
 from dhrd_plugin.data.tasks import load_task
-from dhrd_plugin.data.texts import as_argument, read_lines
+from dhrd_plugin.data.texts import as_argument, read_lines, texts_of
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.evaluate import main as evaluate
 from dhrd_plugin.export.classify import predict
@@ -300,6 +300,15 @@ def test_it_abstains_below_a_probability(slim, tmp_path, capsys):
     assert labels.count(None) in (1, 2)
     assert main([str(slim), *TEXTS, '--abstain', '1', '--output', str(tmp_path / 'a.parquet')]) == 0
     assert pq.read_table(tmp_path / 'a.parquet')['label'].to_pylist() == [None] * len(TEXTS)
+
+
+@pytest.mark.parametrize(('ident', 'found'), [(1.0, '1'), (3, '3'), ('a', 'a'), (0.5, None), ([1], None), ('', None)])
+def test_an_id_that_nobody_named_is_taken_where_it_is_one(ident, found):
+    """Training numbers such rows; pandas makes 1.0 of a 1 in a column with gaps."""
+    task = load_task({'prompt': '{text}', 'labels': ['a', 'b']})
+    for row in ({'text': 'w1'}, {'input_text': 'w1'}):
+        (text,) = texts_of([{**row, 'id': ident}], task)
+        assert text.id == found
 
 
 def test_in_python(slim, capsys, expected):

@@ -39,7 +39,8 @@ def restated(rationale: str, words: Iterable[str]) -> str | None:
         if not parts:
             continue
         phrase = r'[\s_-]*'.join(map(re.escape, parts))
-        everyday = len(parts) == 1 and (word.lower() in EVERYDAY or len(word) == 1 or word.isdecimal())
+        bare = parts[0]
+        everyday = len(parts) == 1 and (bare.lower() in EVERYDAY or len(bare) == 1 or bare.isdecimal())
         pattern = _verdict(phrase) if everyday else rf'(?<![^\W_]){phrase}(?![^\W_])'
         if re.search(pattern, rationale, re.IGNORECASE):
             return word

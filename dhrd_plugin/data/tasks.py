@@ -186,7 +186,7 @@ class Task:
         """
         for scope in self.scopes(row):
             text, cuttable = self._text(scope, typed)  # first, as what is wrong with it is what people look for
-            yield find_id(scope, self.id, 'id'), text, cuttable
+            yield find_id(scope, self.id), text, cuttable
 
     def triplets(
         self, row: Mapping[str, Any], labelled: bool = True, typed: bool = True, number: int = 0
@@ -408,12 +408,13 @@ def identify(scope: Mapping[str, Any], spec: str) -> str:
     return ''.join(literal + (check_id(look_up(scope, name), name) if name else '') for literal, name, _ in parts)
 
 
-def find_id(scope: Mapping[str, Any], *specs: str) -> str | None:
-    """The id that the first of some specs of :func:`identify` gives, all of whose fields the row has."""
-    for spec in filter(None, specs):
-        names = [name for _, name, _ in _parse(spec) if name] if '{' in spec else [spec]
-        if all(look_up(scope, name) is not None for name in names):
-            return identify(scope, spec)
+def find_id(scope: Mapping[str, Any], spec: str) -> str | None:
+    """The id that a template's ``id`` gives, if the row has its fields; else what is one in the field ``id``."""
+    names = [name for _, name, _ in _parse(spec) if name] if '{' in spec else [spec]
+    if spec and all(look_up(scope, name) is not None for name in names):
+        return identify(scope, spec)
+    with suppress(BadRow):  # a field that nobody named may hold anything
+        return check_id(as_whole(scope.get('id'), True), 'id')
     return None
 
 

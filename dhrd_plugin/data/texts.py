@@ -172,7 +172,7 @@ def _from_row(row: Mapping[str, Any], task: Task | None, where: str, typed: bool
     if 'input_text' in row and not (task and any(is_there(row, name) for name in task.fields)):
         text = check_text(row['input_text'], 'input_text')
         cuttable = check_cuttable(row.get('cuttable'), text)
-        yield Text(where, find_id(row, task.id if task else '', 'id'), text, cuttable)
+        yield Text(where, find_id(row, task.id if task else ''), text, cuttable)
     elif task is None:
         raise BadRow('', f'found keys {sorted(row)}; expected input_text')
     else:

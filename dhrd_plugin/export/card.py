@@ -36,7 +36,7 @@ def model_card(
         f'---\n{data.to_yaml()}\n---',
         '# Slim classifier',
         DROPPED,
-        _usage(remote_code),
+        _usage(remote_code, bool(settings.get('multi_label'))),
         _labels(settings),
         _metrics(metrics, best),
         _calibration(calibration),
@@ -46,14 +46,14 @@ def model_card(
     return '\n\n'.join(section for section in sections if section) + '\n'
 
 
-def _usage(remote_code: bool) -> str:
-    option = ', trust_remote_code=True' if remote_code else ''
+def _usage(remote_code: bool, multi_label: bool) -> str:
+    option = ', trust_remote_code=True' * remote_code + ', top_k=None' * multi_label
     return (
         '```python\n'
         'from transformers import pipeline\n\n'
         f"classify = pipeline('text-classification', model='FOLDER'{option})\n"
         '```'
-    )
+    ) + '\n\nA text has the labels whose score is at least one half.' * multi_label
 
 
 def _labels(settings: Mapping[str, Any]) -> str:

@@ -277,7 +277,8 @@ def _divide_last_layer(weights: Mapping[str, Tensor], num_labels: int, temperatu
 
 
 def _cast(config: PretrainedConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
-    if dtype is None:
+    if dtype is None:  # that of the backbone: the config may tell the type of the checkpoint that it began as
+        setattr(config, DTYPE, next(value.dtype for value in weights.values() if value.is_floating_point()))
         return weights
     setattr(config, DTYPE, dtype)
     cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}

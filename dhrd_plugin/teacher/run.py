@@ -182,8 +182,14 @@ class Run:
             if reason is None and read_label(answer, self.answers) is None:
                 reason = no_label(answer)
         else:
-            reason = check_answer(reply.text, reply.finish_reason, words_of(triplet), sum(others, ()))
+            reason = check_answer(reply.text, reply.finish_reason, own_words(triplet, others), sum(others, ()))
         return reply.text, reason, reason is not None
+
+
+def own_words(triplet: Triplet, others: Sequence[tuple[str, str]]) -> list[str]:
+    """What may stand for a row's label: its answer and name, but no name that the prompt shows as another's answer."""
+    shown = {answer for _, answer in others}
+    return [word for word in words_of(triplet) if word not in shown]
 
 
 def dry_run(rows: Iterable[Triplet], template: str, args: argparse.Namespace) -> None:
@@ -195,11 +201,14 @@ def dry_run(rows: Iterable[Triplet], template: str, args: argparse.Namespace) ->
         if asked <= 3:
             print(f'--- idx {triplet["id"]}\n{prompt}')
     times = max(1, args.votes)
-    tokens = {'in': times * characters // 4, 'out': times * asked * args.max_tokens}
+    limits = [args.body.get(key) for key in ('max_tokens', 'max_completion_tokens')]
+    most = max((limit for limit in limits if isinstance(limit, int)), default=0)
+    tokens = {'in': times * characters // 4, 'out': times * asked * most}
+    out = f'at most {tokens["out"]:,} out' if most else 'out without a limit, which are not counted'
     each = f', {times:,} times each' if args.votes else ''
     print(
-        f'--- {asked:,} rows to ask{each}: about {tokens["in"]:,} tokens in (4 characters each), at most '
-        f'{tokens["out"]:,} out{cost(tokens, args)}; more where rows are asked again. Nothing was sent.'
+        f'--- {asked:,} rows to ask{each}: about {tokens["in"]:,} tokens in (4 characters each), {out}'
+        f'{cost(tokens, args)}; more where rows are asked again. Nothing was sent.'
     )
 
 

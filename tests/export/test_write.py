@@ -7,18 +7,28 @@ import pytest
 import torch
 import transformers
 from composer import Trainer
+from composer.models import HuggingFaceModel
 from elsewhere import load_elsewhere
 from safetensors import safe_open
+from stock import stock_classifier
 from tiny import LABELS, exact, of_several, tiny_classifier, tiny_lm, tiny_network, tiny_tokenizer, triplet, triplets
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MptConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    LlamaConfig,
+    MptConfig,
+    PreTrainedModel,
+)
 
 from dhrd_plugin import AuxiliaryReasoningLoss, ComposerDualHeadClassifier, DropReasoningHead, TripletCollator
 from dhrd_plugin.data.collator import Markers
 from dhrd_plugin.data.data_spec import triplet_data_spec
 from dhrd_plugin.errors import UserError
-from dhrd_plugin.export.write import write_slim
+from dhrd_plugin.export.write import network_state, write_slim
 from dhrd_plugin.models.build import add_lora, build_causal_lm, load_slim, merged_state
+from dhrd_plugin.models.composer_model import describe
 from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.models.slim import SlimClassifier, SlimClassifierConfig
 from dhrd_plugin.models.versions import DTYPE
@@ -101,6 +111,22 @@ def test_a_linear_head_is_a_stock_classifier(exports, name):
     assert not any(found[name]['info'][key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
     code = {path.name for path in (root / name / 'slim').glob('*.py')}
     assert code == (set() if STOCK[name] else {'slim.py', 'heads.py'})
+
+
+def test_the_config_tells_the_type_of_what_is_written(tmp_path):
+    """A checkpoint in bf16 that was trained in fp32: whoever loads by its config would round the weights."""
+    inner = stock_classifier().model.bfloat16()
+    inner.save_pretrained(tmp_path / 'half')
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / 'half', torch_dtype='auto')
+    assert trained.dtype == torch.bfloat16
+    model = HuggingFaceModel(trained.float(), tiny_tokenizer())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3)
+    slim = write_slim(describe(model), network_state(model.state_dict()), tmp_path / 'slim')
+    found = AutoModelForSequenceClassification.from_pretrained(slim, torch_dtype='auto')
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in found.state_dict().items())
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -35,7 +35,7 @@ from dhrd_plugin.teacher.prompt import (
     read_prompt,
     split_answer,
 )
-from dhrd_plugin.teacher.run import Run, main, parse_args
+from dhrd_plugin.teacher.run import Run, main, own_words, parse_args
 
 ROOT = Path(__file__).parent.parent.parent
 KEY = 'sk-a-key-that-nobody-may-see-0123456789'
@@ -147,6 +147,8 @@ def test_the_label_is_the_longest_name_that_the_answer_begins_with(answer, label
         ('label: 1', ['1']),
         ('The right option is (2).', ['2']),
         ('The answer is neither.', ['Neither']),
+        ('So the answer is no.', ['No.']),
+        ('label: -1', ['-1']),
     ],
 )
 def test_restated_finds_a_stated_label(rationale, words):
@@ -163,6 +165,8 @@ def test_restated_finds_a_stated_label(rationale, words):
         ('Each false eyelash is glued to a true friend.', ['True', 'False']),
         ('A 2-0 win on May 1, or 1 of 3.', ['1', '0', 'choice1']),
         ('Neither Ann nor Bob came.', ['Neither']),
+        ('There is no evidence of rain. It is true that cats purr.', ['No.', 'True.']),
+        ('A 2-0 win on May 1.', ['-1', 'A.']),
         ('Because of A and b.', ['a', 'B']),
         ('Anything.', ['', ' ']),
         ('', ['no', 'entailment']),
@@ -760,6 +764,27 @@ def test_dry_run_sends_and_writes_nothing(tmp_path, data):
     assert done.stdout.count('Correct answer:') == 3 and 'Row 2.' in done.stdout and 'Row 3.' not in done.stdout
     assert '50 rows to ask' in done.stdout and '25,000 out, cost 0.0' in done.stdout
     assert [file.name for file in tmp_path.iterdir()] == ['rows.jsonl']
+
+
+@pytest.mark.parametrize(
+    ('extra', 'told'),
+    [
+        ({'max_tokens': None, 'max_completion_tokens': 8000}, 'at most 16,000 out, cost 0.1600;'),
+        ({'max_tokens': None}, 'out without a limit, which are not counted, cost 0.0000;'),
+    ],
+)
+def test_dry_run_counts_what_is_sent(data, capsys, extra, told):
+    command = ['--task', 'rte', '--input', str(data(2)), '--output', 'r.jsonl', '--model', 'm', '--dry-run']
+    assert main([*command, '--price-out', '10', '--extra-body', json.dumps(extra)]) == 0
+    assert told in capsys.readouterr().out
+
+
+def test_another_answer_is_no_name_of_the_rows_own_label():
+    """Labels counted from 0, answers from 1."""
+    others, own = [('0', '1')], {'label': '1', 'answer': '2'}
+    words = own_words(own, others)
+    assert check_answer(f'So. {SENTINEL} 1', 'stop', words, ('0', '1')) == "answers with another label: '1'"
+    assert check_answer(f'So. {SENTINEL} 2', 'stop', words, ('0', '1')) is None
 
 
 def test_other_data_in_the_same_output_is_refused(tmp_path, serve, data):
