@@ -1,10 +1,13 @@
 """Composer's early stopper, for runs that are stopped and go on."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import composer.callbacks
 from composer.core import State, Timestamp, TimeUnit
 from composer.loggers import Logger
+
+from dhrd_plugin.errors import UserError, nearest
 
 
 class EarlyStopper(composer.callbacks.EarlyStopper):
@@ -15,6 +18,23 @@ class EarlyStopper(composer.callbacks.EarlyStopper):
     """
 
     _last: Timestamp | None = None  # of the evaluation that was compared last
+
+    def check_evaluations(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse an evaluation set, a metric or a unit that there is not, which Composer does later or never.
+
+        Args:
+            metrics: those of the run, by evaluation set and name; under ``train`` those of its training batches.
+        """
+        key, unit = 'early_stopper', self.patience.unit
+        if unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
+            raise UserError(
+                f'{key}.patience: found {self.patience.to_timestring()}; expected epochs (ep) or batches (ba)'
+            )
+        label = self.dataloader_label
+        if label not in metrics:
+            raise UserError(f'{key}.dataloader_label: found {label!r}; {nearest(label, metrics)}')
+        if self.monitor not in metrics[label]:
+            raise UserError(f'{key}.monitor: found {self.monitor!r}; {nearest(self.monitor, metrics[label])}')
 
     def _update_stopper_state(self, state: State) -> None:
         self._last = state.timestamp

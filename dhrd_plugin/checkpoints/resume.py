@@ -26,6 +26,7 @@ def find_checkpoint(
     autoresume: bool = False,
     load_path: str | None = None,
     save_overwrite: bool = False,
+    load_weights_only: bool = False,
 ) -> str | None:
     """The newest whole checkpoint of ``save_folder``, if ``autoresume`` asks for it and there is one.
 
@@ -37,18 +38,19 @@ def find_checkpoint(
         autoresume: go on from the newest.
         load_path: the checkpoint that is loaded where there is none to go on from.
         save_overwrite: allow a folder that holds checkpoints.
+        load_weights_only: whether the run begins at the first step with the weights of ``load_path``.
     """
-    if save_folder is not None:
-        if autoresume:
-            found = newest_checkpoint(save_folder, sharded)
-            if found is not None:
-                return found
-            if not save_overwrite:
-                check_kind(save_folder, sharded)
-        elif load_path is None and not save_overwrite:
-            check_unused(save_folder, sharded)
+    if save_folder is not None and autoresume:
+        found = newest_checkpoint(save_folder, sharded)
+        if found is not None:
+            return found
     if load_path is not None:
         check_checkpoint(load_path)
+    if save_folder is not None and not save_overwrite:
+        if autoresume:
+            check_kind(save_folder, sharded)
+        else:
+            check_unused(save_folder, sharded, None if load_weights_only else load_path)
     return None
 
 

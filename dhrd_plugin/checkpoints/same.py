@@ -45,6 +45,17 @@ _OF_THE_RUN = (
     'train_loader.shuffle',
     'train_loader.shuffle_seed',
 )
+# Of `train_loader.dataset`: what decides which rows come when. The rest is about downloads.
+_ORDER = (
+    'epoch_size',
+    'shuffle_algo',
+    'shuffle_block_size',
+    'batching_method',
+    'sampling_method',
+    'sampling_granularity',
+    'partition_algo',
+    'replication',
+)
 _REASONING = 'auxiliary_reasoning_loss'
 _REMEDY = 'gradient_clipping'  # may be added to a run whose loss was not finite
 
@@ -136,6 +147,8 @@ def _of_the_run(text: str | None) -> dict[str, Any]:
         for streams in _values(config, 'train_loader', 'streams'):
             weights = {name: {key: stream.get(key) for key in WEIGHTS} for name, stream in streams.items()}
             found['train_loader.streams'] = weights
+        for dataset in _values(config, 'train_loader', 'dataset'):
+            found['train_loader.dataset'] = {key: dataset.get(key) for key in _ORDER}
         for algorithms in _values(config, 'algorithms'):
             used = {name: kwargs for name, kwargs in (algorithms or {}).items() if kwargs is not None}
             found['algorithms'] = sorted(used.keys() - {_REMEDY})

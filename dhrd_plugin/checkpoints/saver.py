@@ -84,7 +84,7 @@ class SafeCheckpoints(Callback):
             saver.save_interval = lambda state, event: True
             if int(state.timestamp.batch) > self._begun:
                 save(saver, Event.BATCH_CHECKPOINT, state, logger)
-                saved = f'; the weights before it: {_path(saver, state)}'
+                saved = f'; the weights before it: {_place(saver, state)}'
             saver.fit_end(state, logger)  # waits for what is being uploaded
         return saved
 
@@ -171,6 +171,18 @@ def save(saver: CheckpointSaver, event: Event, state: State, logger: Logger) -> 
         ) from failure
     if met:
         raise failure or RuntimeError(f'{met.path}: cannot be saved: {met.reason}')
+    if saver.remote_uploader is not None:
+        _remove_copy(saver, state)
+
+
+def _remove_copy(saver: CheckpointSaver, state: State) -> None:
+    """Remove what a checkpoint was uploaded from, of which the uploader has a copy: Composer keeps all of them."""
+    path = _path(saver, state)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    saver.saved_checkpoints.clear()
 
 
 @contextmanager
@@ -198,6 +210,13 @@ def _path(saver: CheckpointSaver, state: State) -> Path:
     if not state.fsdp_sharded_state_dict_enabled:
         return Path(saver.filename.format(state))
     return Path(get_save_filename(state, saver.filename.format(state, keep_placeholders=True))).parent
+
+
+def _place(saver: CheckpointSaver, state: State) -> str:
+    """Where a checkpoint is kept: its address, where there is one."""
+    path = _path(saver, state)
+    uploader = saver.remote_uploader
+    return str(path) if uploader is None else f'{uploader.remote_folder.rstrip("/")}/{path.name}'
 
 
 def _remove(saver: CheckpointSaver, state: State) -> None:

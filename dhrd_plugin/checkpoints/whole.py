@@ -7,6 +7,7 @@ archives, with a checksum of every record. Nothing in it is run to do so.
 
 import io
 import logging
+import math
 import os
 import pickle
 import re
@@ -67,14 +68,26 @@ def check_checkpoint(path: str, key: str = 'load_path') -> None:
     on_rank_zero(check)
 
 
-def check_unused(save_folder: str, sharded: bool = False) -> None:
-    """Refuse a folder that holds checkpoints. Every rank must call it; rank 0 looks."""
+def check_unused(save_folder: str, sharded: bool = False, load_path: str | None = None) -> None:
+    """Refuse a folder that holds checkpoints, of a run that goes on from ``load_path`` only later ones.
+
+    Composer would refuse them after the model is loaded; in object storage in the midst of the run. Every rank must
+    call it; rank 0 looks.
+    """
     check_kind(save_folder, sharded)
-    if on_rank_zero(lambda: list_checkpoints(save_folder, sharded)):
+    newest = on_rank_zero(lambda: next(iter(list_checkpoints(save_folder, sharded)), None))
+    if newest and not (load_path and _batch(load_path) >= _batch(newest)):
         raise UserError(
             f'save_folder: {save_folder}: found checkpoints; expected autoresume=true to go on from them, '
             'save_overwrite=true, or another folder'
         )
+
+
+def _batch(path: str) -> float:
+    """The batch in a checkpoint's name; of a link to the latest in object storage one after all, without one -1."""
+    name = (path if is_remote(path) else os.path.realpath(path)).rstrip('/').rpartition('/')[2]
+    found = _NAME.fullmatch(name.replace('{rank}', '0'))
+    return int(found['batch']) if found else math.inf if name.startswith('latest') else -1
 
 
 def check_kind(save_folder: str, sharded: bool = False) -> None:

@@ -72,19 +72,22 @@ def check_parts(config: Config) -> None:
 
 
 def check_chosen(config: Config, task: Task) -> None:
-    """Refuse an export that asks for evaluations that there are not."""
-    kwargs = used(config.callbacks).get('drop_reasoning_head')
-    if kwargs is None:
-        return
-    (export,) = registry.build_parts('callbacks', {'drop_reasoning_head': kwargs})
+    """Refuse an export or an early stopper that asks for evaluations that there are not."""
     count = len(task.label_names) or 2  # of a task whose labels are yet to be found; here names alone count
     metrics = {type(metric).__name__: metric for metric in build_metrics(task.metrics, count, task.multi_label)}
-    export.check_evaluations(dict.fromkeys(used(config.eval_loaders), metrics))
-    asked = [key for key in ('monitor', 'calibrate') if getattr(export, key)]
-    if asked and not parse_time(config.eval_interval, 'eval_interval').value:
-        raise UserError(
-            f'drop_reasoning_head.{asked[0]}: found with eval_interval={config.eval_interval}, which never evaluates'
-        )
+    evaluated = dict.fromkeys(used(config.eval_loaders), metrics)
+    known = {'drop_reasoning_head': evaluated, 'early_stopper': {**evaluated, 'train': metrics}}
+    given = {name: kwargs for name, kwargs in used(config.callbacks).items() if name in known}
+    for name, part in zip(given, registry.build_parts('callbacks', given)):
+        part.check_evaluations(known[name])
+        asked = [key for key in ('monitor', 'calibrate') if getattr(part, key, None)]
+        trains = (
+            getattr(part, 'dataloader_label', None) == 'train'
+        )  # of an early stopper, which needs no evaluation then
+        if asked and not trains and not parse_time(config.eval_interval, 'eval_interval').value:
+            raise UserError(
+                f'{name}.{asked[0]}: found with eval_interval={config.eval_interval}, which never evaluates'
+            )
 
 
 def check_task(config: Config, task: Task) -> None:

@@ -423,6 +423,11 @@ def _check_values(config: Config, path: str) -> None:
             raise UserError(
                 f'{path}max_duration: found {config.max_duration!r}; expected epochs, batches, as 2ep, 40ba'
             )
+    if 'train' in used(config.eval_loaders):
+        raise UserError(
+            f"{path}eval_loaders.train: found 'train', which is Composer's name of the training batches; expected "
+            'another, such as train_rows'
+        )
     for key in ('eval_interval', 'save_interval', 'console_log_interval'):
         parse_interval(getattr(config, key), path + key)
     size = config.device_train_microbatch_size

@@ -97,7 +97,6 @@ def _train(config: Config, task: Task) -> Trainer:
     if source := checkpoint or config.load_path:
         key, weights_only = ('autoresume', False) if checkpoint else ('load_path', config.load_weights_only)
         check_configuration(source, key, model, optimizer_name(config), weights_only)
-    if checkpoint is not None:
         set_log_aside(log_file(config))
     counter = TokenCounter()
     display = Display(counter, display_mode(config), config.console_log_interval)
@@ -125,7 +124,12 @@ def count_steps(loader: DataSpec) -> int:
 
 def _find_checkpoint(config: Config) -> str | None:
     found = find_checkpoint(
-        save_folder(config), saves_shards(config), config.autoresume, config.load_path, config.save_overwrite
+        save_folder(config),
+        saves_shards(config),
+        config.autoresume,
+        config.load_path,
+        config.save_overwrite,
+        config.load_weights_only,
     )
     if found is not None:
         say(f'going on from {found}')

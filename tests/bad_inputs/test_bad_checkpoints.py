@@ -333,6 +333,8 @@ BOTH = ['algorithms.auxiliary_reasoning_loss={beta: 0.5}', 'train_loader.source=
         ('optimizer.lr=1', None),
         ('max_duration=2ep', None),
         ('train_loader.num_workers=2', None),
+        ('train_loader.dataset={predownload: 9}', None),
+        ('train_loader.dataset={epoch_size: 60}', 'train_loader.dataset.epoch_size: found None; this run has 60'),
         ('eval_loaders.more={source: rows.jsonl}', None),
     ],
 )

@@ -10,6 +10,7 @@ from dhrd_plugin import write_triplets
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
+STOPPER = 'callbacks.early_stopper={monitor: MulticlassAccuracy'
 TASK = {'name': 'tiny', 'prompt': '{text}', 'id': 'id', 'labels': [{'value': label} for label in LABELS]}
 
 
@@ -175,6 +176,19 @@ OURS = 'algorithms.auxiliary_reasoning_loss'
         # places
         ('save_folder=file', 'save_folder: file: found a file; expected a folder'),
         ('output_dir=file', 'output_dir: file: found a file; expected a folder'),
+        ('eval_loaders.train={source: rows.jsonl}', "eval_loaders.train: found 'train', which is Composer's name"),
+        (
+            f'{STOPPER}, dataloader_label: valid, patience: 1ep}}',
+            "early_stopper.dataloader_label: found 'valid'; did you mean 'val'?",
+        ),
+        (
+            f'{STOPPER}, dataloader_label: val, patience: 9sp}}',
+            'early_stopper.patience: found 9sp; expected epochs (ep) or batches (ba)',
+        ),
+        (
+            'callbacks.early_stopper={monitor: Acc, dataloader_label: val, patience: 1ep}',
+            "early_stopper.monitor: found 'Acc'; expected one of MulticlassAccuracy",
+        ),
         # what evaluation does not have
         ('eval_loaders.val.layout=label_first', 'eval_loaders.val.layout: unknown key'),
         ('eval_loaders.val.rationale_max_tokens=9', 'eval_loaders.val.rationale_max_tokens: unknown key'),

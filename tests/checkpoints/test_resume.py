@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.callbacks import CheckpointSaver
 from composer.utils import dist
 from forks import Popen
 from runs import BATCH, EPOCH, STEPS, RowRecorder, finish, kill, launch, losses, outcome, rows_read, wait_for, write_run
@@ -368,7 +369,7 @@ def test_from_object_storage(yaml, straight, tmp_path, s3, uploads, caplog):
     s3.put('runs/one/latest-rank0.pt.symlink', f'runs/one/{copied[30].name}'.encode())  # the last upload that ended
     shutil.rmtree(tmp_path / 'out' / 'checkpoints')
 
-    run(yaml, tmp_path, f'save_folder={address}', 'save_interval=40ba')
+    trainer = run(yaml, tmp_path, f'save_folder={address}', 'save_interval=40ba')
     assert f'{address}/{copied[30].name}: ' in caplog.text
     found = outcome(tmp_path / 'out', objects)
     assert found['weights'] == end['weights'] and found['summary'] == end['summary']
@@ -376,6 +377,8 @@ def test_from_object_storage(yaml, straight, tmp_path, s3, uploads, caplog):
     assert set(found['losses']) == set(range(20, STEPS)) and found['losses'].items() <= end['losses'].items()
     assert sorted(path.name for path in tmp_path.iterdir()) == ['out']
     assert newest_checkpoint(address) == f'{address}/ep3-ba{STEPS}-rank0.pt'
+    (saver,) = (part for part in trainer.state.callbacks if isinstance(part, CheckpointSaver))
+    assert saver.remote_uploader and not [*Path(saver.folder).rglob('ep*')]  # no copies that fill a disk
 
     with pytest.raises(UserError, match=f'load_path: {address}/{copied[30].name}: '):
         run(yaml, tmp_path, 'autoresume=false', f'load_path={address}/{copied[30].name}', 'save_folder=null')
@@ -446,6 +449,19 @@ def test_weights_of_a_run_on_other_rows_begin_a_new_one(yaml, straight, tmp_path
     other = ('optimizer.name=decoupled_adamw', 'model.classifier_dropout=0')
     run(yaml, tmp_path, *load, *other, f'train_loader.source={tmp_path / "rows.jsonl"}')
     assert (tmp_path / 'out' / 'slim').exists()
+
+
+def test_a_run_that_goes_on_by_load_path_keeps_later_checkpoints_and_the_log(yaml, straight, tmp_path):
+    copied = keep(straight(*SAVES)[0], tmp_path, 10, 20)
+    begins = (*SAVES, 'autoresume=false', 'max_duration=21ba')
+    for back in ((f'load_path={copied[10]}',), (f'load_path={copied[20]}', 'load_weights_only=true')):
+        with pytest.raises(UserError, match=r'^save_folder: out/checkpoints: found checkpoints; expected autoresume='):
+            run(yaml, tmp_path, *begins, *back)
+    log = 'loggers.file={filename: out/log.txt}'
+    (tmp_path / 'out' / 'log.txt').write_text('[stdout]: before')
+    run(yaml, tmp_path, *begins, f'load_path={copied[20]}', log)
+    assert (tmp_path / 'out' / 'log.1.txt').read_text() == '[stdout]: before'
+    assert find_flaw(str(copied[10])) is None is find_flaw(str(copied[20]))
 
 
 def test_a_checkpoint_in_shards_is_described_as_the_file_is(yaml, straight, tmp_path):
