@@ -9,7 +9,7 @@ from composer.core import Callback
 from composer.models import HuggingFaceModel
 from safetensors.torch import load_file
 from stock import build, collator, stock_classifier, tokenised
-from tiny import LABELS, tiny_lm, tiny_network, tiny_tokenizer
+from tiny import LABELS, relative_error, tiny_lm, tiny_network, tiny_tokenizer
 from torch.utils.data import DataLoader
 
 from dhrd_plugin import AuxiliaryReasoningLoss, ComposerDualHeadClassifier, DropReasoningHead
@@ -37,10 +37,20 @@ MODELS = {
 
 
 class Weights(Callback):
-    """Copies of the trainable weights and of their gradients, at the end of each batch."""
+    """Copies of the trainable weights and of their gradients, at the end of each batch, and of the weights before.
 
-    def __init__(self):
-        self.weights, self.grads = [], []
+    ``shift`` is added to the weights, by their names, before the first.
+    """
+
+    def __init__(self, shift=None):
+        self.weights, self.grads, self.shift = [], [], shift or {}
+
+    def fit_start(self, state, logger):
+        named = dict(state.model.named_parameters())
+        with torch.no_grad():
+            for name, value in self.shift.items():
+                named[name].add_(value)
+        self.begun = {name: p.detach().clone() for name, p in named.items()}
 
     def batch_end(self, state, logger):
         named = dict(state.model.named_parameters())
@@ -48,12 +58,12 @@ class Weights(Callback):
         self.grads.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
 
 
-def run(kind, lm, *neighbours, first=False, **options):
+def run(kind, lm, *neighbours, first=False, shift=None, **options):
     """Train the model beside its neighbours, on either side of them in the list."""
     make, arguments = MODELS[kind]
     ours = [AuxiliaryReasoningLoss(alpha=0.5, **arguments(lm))]
     algorithms = [*neighbours, *ours] if first else [*ours, *neighbours]
-    watch = Weights()
+    watch = Weights(shift)
     options = {'batches': 3, 'microbatch': 4, 'callbacks': [watch], **options}
     trainer, log, _ = build(make(), algorithms, tokenised(), collator(), **options)
     trainer.fit()
@@ -63,6 +73,11 @@ def run(kind, lm, *neighbours, first=False, **options):
 
 def norm(grads):
     return math.sqrt(sum(float(grad.double().square().sum()) for grad in grads.values()))
+
+
+def unit_norm(value):
+    """The norm of each output's weights (Brock et al., 2021)."""
+    return value.norm() if value.ndim < 2 else value.norm(dim=1, keepdim=True)
 
 
 both_orders = pytest.mark.parametrize('first', [True, False])
@@ -83,6 +98,11 @@ def test_gradient_clipping(kind, lm, first, clipping, threshold):
         assert all(torch.allclose(after[name], before[name] * scale, rtol=1e-3, atol=1e-7) for name in before)
     elif clipping == 'value':
         assert all(torch.equal(after[name], before[name].clamp(-threshold, threshold)) for name in before)
+    else:
+        for name, grad in before.items():
+            share = threshold * unit_norm(plain.begun[name]) / unit_norm(grad)
+            expected = grad * share.nan_to_num(nan=1.0).clamp(max=1.0)
+            torch.testing.assert_close(after[name], expected, atol=1e-7, rtol=1e-4)
     assert any(not torch.equal(after[name], before[name]) for name in before)
 
 
@@ -162,12 +182,15 @@ def test_layer_freezing(kind, lm, first):
 @every_model
 @both_orders
 def test_sam(kind, lm, first):
-    """It runs each microbatch twice, the second time on weights moved uphill."""
+    """It runs each microbatch twice, the second time on weights moved uphill, by both losses."""
     _, log, watch = run(kind, lm, SAM(rho=0.05), first=first)
-    _, _, plain = run(kind, lm)
+    _, _, plain = run(kind, lm, batches=1)
     assert [len(log.data[name]) for name in ('loss/train/total', 'loss/train/reasoning', 'dhrd/alpha')] == [3] * 3
-    assert any(not torch.equal(value, plain.weights[0][name]) for name, value in watch.weights[0].items())
-    assert all(value.isfinite().all() for value in watch.weights[-1].values())
+    shift = {name: 0.05 / norm(plain.grads[0]) * grad for name, grad in plain.grads[0].items()}
+    _, _, uphill = run(kind, lm, shift=shift, batches=1)
+    assert (
+        relative_error(watch.grads[0], uphill.grads[0]) < 1e-4 < 1e-2 < relative_error(plain.grads[0], uphill.grads[0])
+    )
 
 
 @every_model
