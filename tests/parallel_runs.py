@@ -52,6 +52,7 @@ def config_of(root: Path, layout: str, case: str, *overrides: str):
     """The YAML of a run, written below ``root`` and read again."""
     backbone, model = {**CASES, **HALF}[case]
     out = root / layout / case
+    reasoning = {'alpha': 0.5, 'schedule': {'name': 'linear', 'alpha_i': 1.0, 'alpha_f': 0.5}}
     settings = {
         'run_name': f'{layout}-{case}',
         'output_dir': str(out),
@@ -67,7 +68,7 @@ def config_of(root: Path, layout: str, case: str, *overrides: str):
         'optimizer': {'name': 'decoupled_adamw', 'lr': 3e-3, 'weight_decay': 1e-3},
         'scheduler': {'name': 'linear_with_warmup', 't_warmup': '4ba'},
         'algorithms': {
-            'auxiliary_reasoning_loss': {'alpha': 0.5, 'schedule': {'name': 'linear', 'alpha_i': 1.0, 'alpha_f': 0.5}},
+            'auxiliary_reasoning_loss': None if case == 'frozen' else reasoning,  # which would train nothing
             # Within the range of the gradients' norms: it tells an average from a sum, which Adam does not.
             'gradient_clipping': {'clipping_type': 'norm', 'clipping_threshold': 2.0},
         },

@@ -187,7 +187,7 @@ class TripletCollator:
 
     def _tokenize_rationales(self, rationales: list[str | None]) -> list[list[int] | None]:
         """Token ids of each: none for the empty text, the control OnlyLabel, and None where there is no rationale."""
-        present = [f' {text}' if text else '' for text in rationales if text is not None]
+        present = [text and spoken(text, self.tokenizer) for text in rationales if text is not None]
         tokens = iter(self._tokenize(present) if present else ())
         return [None if text is None else next(tokens) for text in rationales]
 
@@ -207,7 +207,7 @@ class TripletCollator:
         if reason is None:
             return Encoded(input_ids, len(input_ids), [])
         because = self._tokenize([self._spaced(self.markers.reason)])[0] if reason else []
-        answer = spoken(_answer(triplet))
+        answer = spoken(_answer(triplet), self.tokenizer)
         marker, label = self._tokenize([self._spaced(self.markers.answer), answer])
         room = limit - len(input_ids) - len(marker) - len(label)  # for the rationale and its marker
         fits = room >= (len(because) + 1 if reason else 0)
@@ -223,7 +223,7 @@ class TripletCollator:
         return Encoded(ids, len(input_ids), labels, cut=len(reason) - len(kept))
 
     def _spaced(self, marker: str) -> str:
-        return marker if self.markers.as_tokens or not marker else f' {marker}'
+        return marker if self.markers.as_tokens or not marker else spoken(marker, self.tokenizer)
 
     def target(self, triplet: dict[str, Any]) -> int | list[float]:
         """The index of a row's class, -100 where it has probabilities alone; of a multi-label task K zeros and ones.

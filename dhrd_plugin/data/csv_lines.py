@@ -10,6 +10,16 @@ DELIMITERS = ',;\t|'
 _START, _PLAIN, _QUOTED, _QUOTE = range(4)
 
 
+def header_of(file: TextIO, max_chars: int) -> str:
+    """The first row that is not empty, as text; inside quotes it may have several lines."""
+    header = ''
+    while len(header) < max_chars and (line := file.readline(max_chars)):
+        header += line
+        if header.strip('\r\n') and header.count('"') % 2 == 0:
+            break
+    return header
+
+
 def delimiter_of(header: str) -> str:
     """What stands between the cells of a header: a comma, or what stands there more often, outside quotes."""
     bare = re.sub(r'"[^"]*("|$)', '', header)

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +24,15 @@ from dhrd_plugin.data.triplet import (
     check_text,
     check_weight,
     counted_as,
+    rationales_of,
 )
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.files import check_file, replacing, write_bytes
 from dhrd_plugin.pictures import check_extra, drawing
 from dhrd_plugin.streams.index import INDEX, check_bytes, check_columns, parse_index
 from dhrd_plugin.streams.remote import is_remote, join, read
+
+MOST_BARS = 20  # labels in the picture
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +86,7 @@ def inspect_set(place: str | Path, rows: int = 10, tokenizer: str | None = None)
         contents.labels.update(name for row in triplets for name in counted_as(row))
         contents.without_rationale += sum(row['rationale'] is None for row in triplets)
         contents.with_probabilities += sum(row['probabilities'] is not None for row in triplets)
-        contents.several += sum(isinstance(row['rationale'], list) for row in triplets)
+        contents.several += sum(len(rationales_of(row)) > 1 for row in triplets)
         contents.findings = merge([contents.findings, survey(triplets, tokenizer)])
         contents.first += triplets[: max(0, rows - len(contents.first))]
     return contents
@@ -192,9 +196,11 @@ def _draw(contents: Contents, unit: str, path: Path) -> None:
         lengths.hist(list(counts), weights=list(counts.values()), bins=40, alpha=0.6, label=name)
     lengths.set(xlabel=unit, ylabel='rows', title='Lengths')
     lengths.legend()
-    names = sorted(contents.labels)
-    labels.bar_label(labels.bar(range(len(names)), [contents.labels[name] for name in names]))
-    labels.set_xticks(range(len(names)), [name or '(none)' for name in names])
-    labels.set(ylabel='rows', title='Labels')
+    shown = sorted(contents.labels.most_common(MOST_BARS))
+    some = f', the {MOST_BARS} most frequent of {len(contents.labels):,}' if len(contents.labels) > MOST_BARS else ''
+    labels.bar_label(labels.barh(range(len(shown)), [count for _, count in shown]))
+    labels.set_yticks(range(len(shown)), [textwrap.shorten(name, 40, placeholder='…') or '(none)' for name, _ in shown])
+    labels.invert_yaxis()
+    labels.set(xlabel='rows', title=f'Labels{some}')
     with replacing(path) as file:
         figure.savefig(file, format='png', dpi=120)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from dhrd_plugin.data.csv_lines import CsvLines, delimiter_of
+from dhrd_plugin.data.csv_lines import CsvLines, delimiter_of, header_of
 from dhrd_plugin.data.tasks import Task
 from dhrd_plugin.data.triplet import BadRow, is_unicode, spell
 from dhrd_plugin.errors import UserError, one_line, user_errors
@@ -291,7 +291,7 @@ def _read_csv(path: Path, on_bad: OnBad, max_bytes: int) -> Iterator[Row]:
     header: list[str] = []
     number = 0
     with path.open(encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
-        delimiter = delimiter_of(file.readline(max_bytes))
+        delimiter = delimiter_of(header_of(file, max_bytes))
         file.seek(0)
         lines = CsvLines(file, max_bytes, delimiter)
         try:

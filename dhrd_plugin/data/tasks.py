@@ -375,10 +375,15 @@ def _check_format(name: str, spec: str) -> None:
     raise ValueError(f'{{{name}:{spec}}} holds no format of a number, such as {{{name}:d}} or {{{name}:.2f}}')
 
 
+def _keys(scope: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """The keys of a field; of a column whose name has brackets itself, ``Text [EN]``, that name."""
+    return (name,) if name in scope else _path(name)
+
+
 def look_up(scope: Mapping[str, Any], name: str) -> Any:
     """The value of a field, which a template spells as ``name`` or ``name[key]``; None where it is missing."""
     value: Any = scope
-    for key in _path(name):
+    for key in _keys(scope, name):
         try:
             value = value[int(key) if isinstance(value, list) else key]
         except (KeyError, IndexError, TypeError, ValueError):
@@ -388,7 +393,7 @@ def look_up(scope: Mapping[str, Any], name: str) -> Any:
 
 def is_there(scope: Mapping[str, Any], name: str) -> bool:
     """Whether a row has the field, be its cell empty (None); not where the column or the key is missing."""
-    *path, last = _path(name)
+    *path, last = _keys(scope, name)
     holder = look_up(scope, path[0] + ''.join(f'[{key}]' for key in path[1:])) if path else scope
     return isinstance(holder, Mapping) and last in holder
 

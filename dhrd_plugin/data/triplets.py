@@ -81,11 +81,12 @@ def _check_ids(source: str | Path, task: Task, split: str | None, rationales: st
     """Refuse to join by the numbers of the rows where both files have ids that the template does not name."""
     files = _open(source, task, split)[0], read_rows(source_file(rationales), lambda bad: None)
     row, written = (next((row.fields for row in rows), {}) for rows in files)
-    name = _first(written, 'id', 'idx')
-    if name and look_up(row, name) is not None and _made_for(written) is None:
+    theirs, name = _first(written, 'id', 'idx'), _first(row, 'id', 'idx')
+    if theirs and name and _made_for(written) is None:
+        other = 'one' if name == theirs else f'a field {name}'
         raise UserError(
-            f'{rationales}: field {name}: {source} has one too, which the template does not name, so that a number of '
-            f'a row would be meant by it; expected id: {name} in the template'
+            f'{rationales}: field {theirs}: {source} has {other} too, which the template does not name, so that a '
+            f'number of a row would be meant by it; expected id: {name} in the template'
         )
 
 
@@ -140,7 +141,7 @@ def join_rationales(
         if found is not None:
             value, made_for = found
             report['joined'] += 1
-            report['changed'] += made_for not in (None, fingerprint(triplet))
+            report['changed'] += made_for is not None and made_for[0] != fingerprint(triplet, made_for[1])
             report['replaced'] += any(triplet.get(name) is not None for name in value if name != 'weight')
             triplet = cast(Triplet, {**triplet, **value})
         report['rows_without'] += triplet['rationale'] is None
@@ -179,11 +180,12 @@ def _rationale(fields: dict[str, Any], id_field: str, task: Task | None, typed: 
     return ident, value
 
 
-def _made_for(fields: Mapping[str, Any]) -> str | None:
-    """The :func:`fingerprint` that ``dhrd rationales`` gave a row; None where it gave none, or one of its votes."""
-    made_for = fields.get('input')
-    ours = isinstance(made_for, str) and re.fullmatch('[0-9a-f]{12}', made_for)
-    return made_for if ours and not fields.get('votes') else None
+def _made_for(fields: Mapping[str, Any]) -> tuple[str, int] | None:
+    """The :func:`fingerprint` that ``dhrd rationales`` gave a row, and the votes that it asked for; None without."""
+    made_for, asked = fields.get('input'), fields.get('asked') if fields.get('votes') else 0
+    if isinstance(made_for, str) and re.fullmatch('[0-9a-f]{12}', made_for) and isinstance(asked, int):
+        return made_for, asked
+    return None
 
 
 def _first(fields: dict[str, Any], *names: str) -> str | None:

@@ -144,8 +144,22 @@ def add_lora(network: DualHeadNetwork, lora: Mapping[str, Any]) -> None:
     with user_errors('model.lora', TypeError, ValueError):
         config = peft.LoraConfig(**settings)
         peft.inject_adapter_in_model(config, network.causal_lm)
+    _check_targets(network, settings['target_modules'])
     check_head(network.lm_head, 'model.lora.target_modules')
     network.lora = settings
+
+
+def _check_targets(network: DualHeadNetwork, names: Any) -> None:
+    """Refuse a name of ``target_modules`` that no layer has: peft leaves it out, unless none is there."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [name for name, layer in network.causal_lm.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for name in () if isinstance(names, str) else names or ():
+        if not any(f'.{layer}'.endswith(f'.{name}') for layer in adapted):
+            raise UserError(
+                f'model.lora.target_modules: found {name!r}, which no linear layer of a {network.config.model_type} is '
+                "called; expected their names, or 'all-linear'"
+            )
 
 
 def merged_state(network: DualHeadNetwork) -> dict[str, Tensor]:

@@ -88,7 +88,9 @@ def _row_by_row(
 def one_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether flash attention takes such states [1, heads, T, D], on their device and in their precision."""
     size = query.shape[-1]
-    return query.is_cuda and _precision(query) in _HALVES and size == value.shape[-1] and size % 8 == 0 and size <= 256
+    if not query.is_cuda or torch.cuda.get_device_properties(query.device).major < 8:  # the kernel is Ampere's
+        return False
+    return _precision(query) in _HALVES and size == value.shape[-1] and size % 8 == 0 and size <= 256
 
 
 def _precision(states: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ A verbalizer is what prompt-based classification calls the words of the classes 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -13,9 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from dhrd_plugin.errors import UserError
 
 
-def spoken(answer: str) -> str:
-    """An answer as the text that goes on from a prompt, or from the marker in front of it."""
-    return f' {answer}'
+def spoken(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """An answer, or another text, as it goes on from the text before it: after a space."""
+    return text if _puts_space(tokenizer) else f' {text}'
+
+
+@lru_cache
+def _puts_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer itself puts a space before a text, as Llama 2's does; a second is a token of its own."""
+    return ''.join(tokenizer.tokenize('a')).startswith('\u2581')
 
 
 @torch.no_grad()
@@ -42,7 +49,7 @@ def begin_as_answers(
         raise UserError(f'{where}: found without a tokenizer; expected a model that has its own')
     if isinstance(answers, str) or len(answers) != len(score.weight):
         raise UserError(f'{where}: found {answers!r}; expected one for each of {len(score.weight)} classes')
-    tokens: Any = tokenizer([spoken(answer) for answer in answers], add_special_tokens=False, verbose=False)
+    tokens: Any = tokenizer([spoken(answer, tokenizer) for answer in answers], add_special_tokens=False, verbose=False)
     rows, bias = [], getattr(lm_head, 'bias', None)
     for answer, ids in zip(answers, tokens['input_ids']):
         if not ids or max(ids) >= len(lm_head.weight):

@@ -106,8 +106,9 @@ def _upload(folder: Path, remote: str) -> list[str]:
     with user_errors(f'{remote}: cannot be written', kind=True):  # each provider has errors of its own
         uploader = CloudUploader.get((str(folder), remote), keep_local=True, exist_ok=True)
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(uploader.upload_file, [*shards, *others]))
-        uploader.upload_file(INDEX)
+            list(pool.map(uploader.upload_file, shards))
+        for name in (*others, INDEX):  # last: until the shards are there, an old index has its own summary
+            uploader.upload_file(name)
     return sorted(replaced.difference(shards))
 
 

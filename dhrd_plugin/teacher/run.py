@@ -154,7 +154,8 @@ class Run:
                 self.explained['kept'] += 1
                 kept.append(explanation)
         shares = {label: count / len(texts) for label, count in votes.items()}
-        return {'rationale': list(dict.fromkeys(kept)) or None, 'probabilities': shares, 'votes': len(texts)}
+        told = {'votes': len(texts), 'asked': self.votes}
+        return {'rationale': list(dict.fromkeys(kept)) or None, 'probabilities': shares, **told}
 
     async def ask_until_usable(self, triplet: Triplet, used: Counter[str]) -> tuple[str | None, str | None, bool]:
         """The last answer and why it cannot be used, as :meth:`ask_once`; whether a signal ended the attempts."""

@@ -410,6 +410,16 @@ def _check_values(config: Config, path: str) -> None:
     numbers = isinstance(weights, list) and all(type(item) in (int, float) for item in weights)
     if not (weights in (None, 'balanced') or numbers):
         raise UserError(f"{path}model.class_weights: found {weights!r}; expected a list of numbers, or 'balanced'")
+    if model.freeze_backbone and model.lora is not None:
+        raise UserError(
+            f'{path}model.freeze_backbone: found true with model.lora, whose adapters are trained; expected '
+            'model.lora=null, or false'
+        )
+    if model.freeze_backbone and 'auxiliary_reasoning_loss' in used(config.algorithms):
+        raise UserError(
+            f'{path}model.freeze_backbone: found true with algorithms.auxiliary_reasoning_loss, which would train '
+            'nothing; expected algorithms.auxiliary_reasoning_loss=null, or false'
+        )
     if model.head == 'verbalizer' and model.pooling != 'last':
         raise UserError(
             f'{path}model.pooling: found {model.pooling!r} with head=verbalizer, which reads what the LM head would; '

@@ -187,6 +187,11 @@ LM_HEAD = 'model.lora.target_modules: found an adapter on the LM head'
         (nothing, ['model.lora={target_modules: [q_proj, lm_head]}'], LM_HEAD),
         (nothing, ["model.lora={target_modules: '.*_(proj|head)'}"], LM_HEAD),
         (nothing, ['model.lora={target_modules: [query]}'], 'model.lora: '),
+        (
+            nothing,
+            ['model.lora={target_modules: [q_proj, v_porj]}'],
+            "model.lora.target_modules: found 'v_porj', which no",
+        ),
         (nothing, ['model.lora={r: 0}'], 'model.lora.r: found 0; expected a number of 1 or more'),
         (nothing, ['model.padding_free=true', 'model.attn_implementation=eager'], 'model.padding_free: found true'),
         (nothing, ['max_seq_len=65'], 'max_seq_len: found 65; expected at most the 64 of the model'),

@@ -189,6 +189,14 @@ OURS = 'algorithms.auxiliary_reasoning_loss'
             'callbacks.early_stopper={monitor: Acc, dataloader_label: val, patience: 1ep}',
             "early_stopper.monitor: found 'Acc'; expected one of MulticlassAccuracy",
         ),
+        (
+            'model={freeze_backbone: true, lora: {}}',
+            'model.freeze_backbone: found true with model.lora, whose adapters',
+        ),
+        (
+            'model.freeze_backbone=true',
+            'model.freeze_backbone: found true with algorithms.auxiliary_reasoning_loss, which',
+        ),
         # what evaluation does not have
         ('eval_loaders.val.layout=label_first', 'eval_loaders.val.layout: unknown key'),
         ('eval_loaders.val.rationale_max_tokens=9', 'eval_loaders.val.rationale_max_tokens: unknown key'),

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from streaming import MDSWriter
 
 from dhrd_plugin.data.inspect import inspect_set, main
@@ -15,7 +16,7 @@ ROWS = [
         'input_text': f'one two {i}',
         'label': 'yes' if i % 3 else 'no',
         'answer': 'Yes' if i % 3 else 'No',
-        'rationale': [None, 'a reason', ['a', 'b']][i % 3],
+        'rationale': [None, 'a reason' if i % 2 else ['a reason'], ['a', 'b']][i % 3],
     }
     for i in range(30)
 ]
@@ -55,6 +56,20 @@ def test_printed_and_drawn(tmp_path, capsys):
     assert 'probabilities: 1 rows' in printed and '{"no": 0.25, "yes": 0.75}' in printed
     assert '"x\\u001b[2J\\n"' in printed  # a row cannot write to the terminal
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_of_many_labels_the_most_frequent_are_drawn(tmp_path, monkeypatch):
+    rows = [{'id': f'{i}-{j}', 'input_text': 'x', 'label': f'l{i}'} for i in range(300) for j in range(1 + (i < 20))]
+    write_triplets(rows, tmp_path / 'set')
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, 'savefig', lambda figure, *args, **how: drawn.append(figure) or save(figure, *args, **how)
+    )
+    assert main([str(tmp_path / 'set'), '--png', str(tmp_path / 'a.png')]) == 0
+    labels = drawn[0].axes[1]
+    assert {tick.get_text() for tick in labels.get_yticklabels()} == {f'l{i}' for i in range(20)}
+    assert labels.get_title() == 'Labels, the 20 most frequent of 300'
 
 
 def test_a_hash_is_checked_where_every_shard_has_it(tmp_path, capsys):

@@ -158,6 +158,15 @@ def test_the_header_tells_what_stands_between_cells(tmp_path, mark, name):
     assert [error.where for error in bad] == [f'{tmp_path / name}, line 4']
 
 
+@pytest.mark.parametrize('mark', ',;\t|')
+def test_a_header_of_two_lines_or_behind_an_empty_one(tmp_path, mark):
+    for name, text in (('two', f'"my\ntext"{mark}topic\na{mark}b\n'), ('behind', f'\nmy text{mark}topic\na{mark}b\n')):
+        path = tmp_path / f'{name}.csv'
+        path.write_text(text)
+        (row,) = read_rows(path)
+        assert list(row.fields.values()) == ['a', 'b'] and list(row.fields)[1] == 'topic'
+
+
 @pytest.mark.parametrize(
     'row, optional, expected',
     [

@@ -338,24 +338,30 @@ def test_written_to_s3_and_read_from_there(s3, tmp_path, capsys):
     assert [row['rationale'] for row in read_remote(f'{remote}/train', tmp_path / 'two')] == ['r0', 'r1', 'new', 'r3']
 
 
-def test_an_upload_that_breaks_off_leaves_the_old_set(s3, tmp_path, monkeypatch):
+@pytest.mark.parametrize('last', ['index.json', '.mds'])
+def test_an_upload_that_breaks_off_leaves_the_old_set(s3, tmp_path, monkeypatch, last):
     from streaming.base.storage.upload import S3Uploader
 
     def rows(text):
-        return [{'id': str(i), 'input_text': f'{text} {i}', 'label': 'y'} for i in range(9)]
+        return [{'id': str(i), 'input_text': f'{text} {i}', 'label': text} for i in range(9)]
 
-    remote, upload = f'{s3.bucket}/broken', S3Uploader.upload_file
+    remote, upload = f'{s3.bucket}/broken{last}', S3Uploader.upload_file
+    summary = s3.folder / f'broken{last}' / 'triplets.json'
     write_triplets(rows('old'), remote, size_limit=10)
+    before = summary.read_bytes()
 
     def break_off(self, name):
-        if name == 'index.json':
+        if name.endswith(last):
+            time.sleep(0.2)  # the others may go on
             raise ConnectionError('gone')
         upload(self, name)
 
     monkeypatch.setattr(S3Uploader, 'upload_file', break_off)
-    with pytest.raises(UserError, match='s3://bucket/broken: cannot be written: ConnectionError: gone'):
+    with pytest.raises(UserError, match=r's3://bucket/broken.*: cannot be written: ConnectionError: gone'):
         write_triplets(rows('new'), remote, size_limit=10, overwrite=True)
     assert [row['input_text'] for row in read_remote(remote, tmp_path / 'local')] == [f'old {i}' for i in range(9)]
+    if last != 'index.json':  # which is the last but for the index
+        assert summary.read_bytes() == before
     monkeypatch.undo()
 
 

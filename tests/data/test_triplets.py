@@ -570,13 +570,17 @@ def test_a_rationale_is_found_by_an_id_of_several_fields(tmp_path):
         assert found['rationale'] == 'r'
 
 
-def test_ids_that_the_template_does_not_name_are_no_numbers_of_rows(tmp_path):
+@pytest.mark.parametrize('names', [['id'], ['idx'], ['idx', 'id']])
+def test_ids_that_the_template_does_not_name_are_no_numbers_of_rows(tmp_path, names):
     bare = {'name': 'x', 'prompt': '{text}', 'labels': ['A', 'B']}
     rows = [{'id': i, 'text': f't{i}', 'label': 'A'} for i in range(3)]
     data, why = (tmp_path / name for name in ('a.jsonl', 'why.jsonl'))
     write_jsonl(data, rows)
-    write_jsonl(why, [{'id': i, 'rationale': f'r{i}'} for i in (1, 2)])
-    with pytest.raises(UserError, match=f'^{why}: field id: {data} has one too, which .* expected id: id in the templ'):
+    write_jsonl(why, [{**dict.fromkeys(names, i), 'rationale': f'r{i}'} for i in (1, 2)])
+    found = 'one' if 'id' in names else 'a field id'
+    with pytest.raises(
+        UserError, match=f'^{why}: field .*: {data} has {found} too, which .* expected id: id in the te'
+    ):
         read_triplets(data, load_task(bare), why)
     named = read_triplets(data, load_task({**bare, 'id': 'id'}), why)
     assert [row['rationale'] for row in named] == [None, 'r1', 'r2']
@@ -593,6 +597,7 @@ def test_rationales_of_another_state_of_the_data_are_counted(tmp_path):
     rows = [{'text': f't{i}', 'label': 'AB'[i % 2]} for i in range(4)]
     data = write_jsonl(tmp_path / 'a.jsonl', rows)
     made = [{'idx': row['id'], 'rationale': 'r', 'input': fingerprint(row)} for row in read_triplets(data, task)]
+    made[2] |= {'votes': 3, 'asked': 4, 'input': fingerprint({**rows[2], 'input_text': 't2', 'answer': 'A'}, 4)}
     made[3] |= {'votes': 3}  # of these the file does not say how many were asked for
     why = write_jsonl(tmp_path / 'why.jsonl', made)
     for more, expected in ([], 0), ([{'text': 'new', 'label': 'A'}], 3):
@@ -620,6 +625,15 @@ def test_columns_with_dots(tmp_path):
         task = load_task({**spec, 'id': 'HITId', 'label': 'Answer.label', 'rationale': '[Answer.why]'})
         (found,) = read_triplets(path, task)
         assert (found['input_text'], found['label'], found['rationale']) == ('It is shut.', 'yes', 'One is late.')
+
+
+def test_columns_with_brackets(tmp_path):
+    path = tmp_path / 'scores.csv'
+    path.write_text('Text [EN],Topic [1],Reason [EN],Score [1-5]\nIt is shut.,late,One is late.,3\n')
+    spec = {'prompt': '{Text [EN]}', 'label': 'Topic [1]', 'labels': ['late', 'lost'], 'rationale': 'Reason [EN]'}
+    (found,) = read_triplets(path, load_task({**spec, 'weight': 'Score [1-5]'}))
+    expected = ('It is shut.', 'late', 'One is late.', 3.0)
+    assert (found['input_text'], found['label'], found['rationale'], found['weight']) == expected
 
 
 def test_exploded_rows_without_an_id_are_numbered_by_row_and_item(tmp_path):

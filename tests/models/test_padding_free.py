@@ -1,6 +1,7 @@
 """Without padding the network has the losses and gradients that it has with it."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from dhrd_plugin import load_config, train
 from dhrd_plugin.data.collator import LAYOUTS, TripletCollator
 from dhrd_plugin.errors import UserError
+from dhrd_plugin.models import padding_free
 from dhrd_plugin.models.extent import Extent
 from dhrd_plugin.models.network import DualHeadNetwork
-from dhrd_plugin.models.padding_free import use_padding_free
+from dhrd_plugin.models.padding_free import one_kernel, use_padding_free
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -56,6 +58,22 @@ def test_losses_and_gradients_are_the_same(kind, pooling, side, lora, layout):
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.reasoning_loss, expected.reasoning_loss, rtol=1e-5, atol=1e-5)
     assert relative_error(grads, expected_grads) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ('major', 'size', 'dtype', 'found'),
+    [
+        (8, 64, torch.bfloat16, True),
+        (7, 64, torch.bfloat16, False),
+        (9, 264, torch.bfloat16, False),
+        (9, 64, torch.float32, False),
+    ],
+)
+def test_one_kernel_takes_all_rows_on_ampere_and_later(monkeypatch, major, size, dtype, found):
+    states = SimpleNamespace(is_cuda=True, device='cuda', dtype=dtype, shape=(1, 2, 8, size))
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(padding_free, '_precision', lambda states: states.dtype)
+    assert one_kernel(states, states) is found
 
 
 def test_it_is_refused_where_it_cannot_be():

@@ -3,7 +3,11 @@
 import pytest
 import torch
 from tiny import KINDS, LABELS, VOCAB, byte_tokenizer, tiny_classifier, tiny_lm, tiny_network, tiny_tokenizer, triplets
-from transformers import AutoModelForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from dhrd_plugin import TripletCollator
 from dhrd_plugin.data.collator import Markers
@@ -23,6 +27,45 @@ def lm_pass(network, batch):
     out = network.causal_lm(**inputs, output_hidden_states=True)
     rows = torch.arange(len(batch['pool_index']))
     return out.hidden_states[-1][rows, batch['pool_index']], out.logits[rows, batch['pool_index']][:, WORDS]
+
+
+SPACE = '\u2581'
+OF_THEMSELVES = {
+    'Llama 2': {'normalizer': Sequence([Prepend(SPACE), Replace(' ', SPACE)])},
+    'Metaspace': {'pre_tokenizer': Metaspace(prepend_scheme='first', split=False)},
+}
+
+
+def spaced_tokenizer(**parts):
+    """One of words and letters that puts a space before a text itself."""
+    words = [f'{SPACE}{word}' for word in ('Yes', 'No', 'is', 'ice', 'cold')]
+    letters = sorted({letter for word in [*words, SPACE, '?<REASON>'] for letter in word})
+    whole = [word[:end] for word in words for end in range(2, len(word) + 1)]
+    tokens = ['<pad>', '<unk>', *letters, *dict.fromkeys(whole)]
+    merges = dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word)))
+    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, [*merges], unk_token='<unk>'))
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>', unk_token='<unk>')
+
+
+@pytest.mark.parametrize('kind', OF_THEMSELVES)
+def test_a_tokenizer_that_puts_a_space_before_a_text_gets_no_second(kind):
+    """It would be a token of its own, the first of every answer: what the pooled token is trained to predict."""
+    tokenizer = spaced_tokenizer(**OF_THEMSELVES[kind])
+    rows = [
+        {'id': word, 'input_text': 'is ice cold?', 'label': word, 'rationale': 'ice is cold'} for word in ('Yes', 'No')
+    ]
+    batch = TripletCollator(tokenizer, ['Yes', 'No'], markers=Markers(answer=''), layout='label_first')(rows)
+    index = torch.arange(2), batch['pool_index'] + 1
+    words = tokenizer.convert_tokens_to_ids([f'{SPACE}Yes', f'{SPACE}No'])
+    assert batch['input_ids'][index].tolist() == batch['reasoning_labels'][index].tolist() == words
+    begins = [f'{SPACE}is', f'{SPACE}ice', f'{SPACE}cold', '?', f'{SPACE}Yes']
+    assert tokenizer.convert_ids_to_tokens(batch['input_ids'][0, :5].tolist()) == begins
+    network = DualHeadNetwork(tiny_lm(), 2, head='linear')
+    network.resize_token_embeddings(len(tokenizer))
+    network.begin_as_answers(tokenizer, ['Yes', 'No'])
+    assert torch.equal(network.classifier.out_proj.weight, network.lm_head.weight[words])
 
 
 @pytest.mark.parametrize('kind', KINDS)

