@@ -56,6 +56,7 @@ def whole_input(length: int, words: int, device: torch.device) -> dict[str, Tens
     return {
         'input_ids': ids,
         'attention_mask': torch.ones_like(ids),
+        'pool_index': torch.full((BATCH,), length - 1, device=device),
         'reasoning_labels': ids,
         'labels': torch.zeros(BATCH, dtype=torch.long, device=device),
     }

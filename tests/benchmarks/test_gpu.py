@@ -96,14 +96,14 @@ def fork_of(statuses):
 
 
 def test_a_comparison_on_a_gpu_goes_on_where_it_was_and_mixes_no_settings(tmp_path, monkeypatch):
-    path, there, todo = Path('yamls', 'compare', 'sample.yaml'), [], queue.Queue()
+    path, there, todo = Path('yamls', 'compare', 'verdict.yaml'), [], queue.Queue()
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cells, 'read_lines', lambda _: there)
     monkeypatch.setattr(pretrained, 'resolve', lambda _: None)
     first, second = plan.build_cells(plan.load_comparison(path), path)[:2]
     there += [{'task': first.task, 'arm': first.arm, 'seed': first.seed, 'fingerprint': first.fingerprint}]
     monkeypatch.setattr(todo, 'get', mock.Mock(side_effect=queue.Empty))
-    stage = Namespace(out=tmp_path), 'sample', []
+    stage = Namespace(out=tmp_path), 'verdict', []
     verdict.run_stage(*stage, 9, todo, queue.Queue(), [])
     assert todo.queue[0][3] == second.key and first.key not in [key for *_, key in todo.queue]
     there[0]['fingerprint'] = 'another'

@@ -1,7 +1,7 @@
 """Comparisons of yamls/compare on one GPU: their cells by many processes that each start only once.
 
     python tests/gpu/verdict.py --sweep 150 --verdict 240 --workers 16 --out OUT [KEY=VALUE ...]
-    python tests/gpu/verdict.py --sweep 0 --verdict 120 --plans creak sample --out OUT
+    python tests/gpu/verdict.py --sweep 0 --verdict 400 --plans verdict --out OUT
 
 The first stage runs esnli_lr.yaml and chooses each arm's learning rate, that of the best mean over the seeds on the dev
 rows; the second runs esnli.yaml with these. Other plans run as they are. OUT/NAME holds a comparison's plan and
