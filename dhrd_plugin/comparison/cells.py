@@ -209,7 +209,12 @@ def _run_one(path: str, overrides: Sequence[str], cell: Sequence[str]) -> None:
         raise UserError(
             f'{path}: {task} {arm} seed {seed}: changed since the comparison began; start the command again'
         )
-    run_cell(found[0])
+    try:
+        run_cell(found[0])
+    except BaseException:
+        # At its end Python waits for threads: for ever, where a SIGTERM has cut one off from its pool.
+        signal.alarm(60)
+        raise
 
 
 # --------------------------------------------------------------------------------------- results
