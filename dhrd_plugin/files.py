@@ -164,7 +164,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
             if back:
                 os.rename(path, out)
             else:
-                _remove(path)
+                remove(path)
             done = f'put back as {out}' if back else 'removed'
             tell(f'{path}: left by a run that was killed; {done}')
 
@@ -197,7 +197,7 @@ def _scratch(out: Path, folder: bool = False, mode: int = 0o777) -> Iterator[tup
     try:
         yield path, descriptor
     finally:
-        _remove(path)
+        remove(path)
         os.close(descriptor)
 
 
@@ -217,7 +217,8 @@ def _locked(path: Path, wait: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

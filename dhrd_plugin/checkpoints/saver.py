@@ -16,6 +16,7 @@ from composer.utils import dist, ensure_tuple, get_save_filename
 from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
+from dhrd_plugin import files
 from dhrd_plugin.checkpoints.whole import INDEX, find_flaw
 from dhrd_plugin.errors import UserError, one_line
 
@@ -172,17 +173,8 @@ def save(saver: CheckpointSaver, event: Event, state: State, logger: Logger) -> 
     if met:
         raise failure or RuntimeError(f'{met.path}: cannot be saved: {met.reason}')
     if saver.remote_uploader is not None:
-        _remove_copy(saver, state)
-
-
-def _remove_copy(saver: CheckpointSaver, state: State) -> None:
-    """Remove what a checkpoint was uploaded from, of which the uploader has a copy: Composer keeps all of them."""
-    path = _path(saver, state)
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-    saver.saved_checkpoints.clear()
+        files.remove(_path(saver, state))  # the uploader has a copy of its own, and Composer would keep this for ever
+        saver.saved_checkpoints.clear()
 
 
 @contextmanager

@@ -7,20 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dhrd_plugin.data.rows import (
-    MAX_ROW_BYTES,
-    OnBad,
-    Row,
-    catching_bad,
-    kind_of,
-    raise_bad,
-    read_hub,
-    read_rows,
-    source_file,
-)
+from dhrd_plugin.data.rows import MAX_ROW_BYTES, OnBad, Row, catching_bad, raise_bad
 from dhrd_plugin.data.tasks import Label, Task, as_whole, build_labels, with_found_labels
 from dhrd_plugin.data.triplet import BadRow, spell
-from dhrd_plugin.data.triplets import checked_rows
+from dhrd_plugin.data.triplets import checked_rows, open_rows
 from dhrd_plugin.errors import UserError, nearest
 
 MOST = 1000  # labels; more of them are no classes
@@ -53,11 +43,8 @@ def with_labels(
     """
     if task.labels:
         return task
-    if str(source).startswith('hub:'):
-        found = task_of_rows(task.for_hub(), read_hub(str(source), task, split), str(source), True, on_bad)
-        return with_found_labels(task, found.labels, str(source))
-    path = source_file(source, split)
-    return task_of_rows(task, read_rows(path, on_bad, max_row_bytes), str(path), kind_of(path) != '.csv', on_bad)
+    where, rows, fitting, typed = open_rows(source, task, split, on_bad, max_row_bytes)
+    return with_found_labels(task, task_of_rows(fitting, rows, where, typed, on_bad).labels, where)
 
 
 def task_of_rows(task: Task, rows: Iterable[Row], where: str, typed: bool = True, on_bad: OnBad = raise_bad) -> Task:

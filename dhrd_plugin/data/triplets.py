@@ -11,7 +11,7 @@ import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from dhrd_plugin.data.rows import (
     MAX_ROW_BYTES,
@@ -79,7 +79,7 @@ def read_triplets(
 
 def _check_ids(source: str | Path, task: Task, split: str | None, rationales: str | Path) -> None:
     """Refuse to join by the numbers of the rows where both files have ids that the template does not name."""
-    files = _open(source, task, split)[0], read_rows(source_file(rationales), lambda bad: None)
+    files = open_rows(source, task, split, lambda bad: None).rows, read_rows(source_file(rationales), lambda bad: None)
     row, written = (next((row.fields for row in rows), {}) for rows in files)
     theirs, name = _first(written, 'id', 'idx'), _first(row, 'id', 'idx')
     if theirs and name and _made_for(written) is None:
@@ -196,7 +196,7 @@ def _first(fields: dict[str, Any], *names: str) -> str | None:
 def _from_rows(
     source: str | Path, task: Task, split: str | None, labelled: bool, on_bad: OnBad, max_bytes: int
 ) -> Iterator[Triplet]:
-    rows, task, typed = _open(source, task, split, on_bad, max_bytes)
+    _, rows, task, typed = open_rows(source, task, split, on_bad, max_bytes)
     found = False
     for triplet in triplets_of(rows, task, labelled, typed, on_bad):
         found = True
@@ -205,14 +205,23 @@ def _from_rows(
         raise UserError(f'{source}: found no rows; expected one or more')
 
 
-def _open(
-    source: str | Path, task: Task, split: str | None, on_bad: OnBad = lambda bad: None, max_bytes: int = MAX_ROW_BYTES
-) -> tuple[Iterator[Row], Task, bool]:
-    """The rows of a source, the task as it fits them, and whether their values have types."""
+class Opened(NamedTuple):
+    """A source that can be read."""
+
+    where: str  # for messages
+    rows: Iterator[Row]
+    task: Task  # as it fits the rows
+    typed: bool  # whether their values have types, unlike a CSV file's cells
+
+
+def open_rows(
+    source: str | Path, task: Task, split: str | None, on_bad: OnBad, max_bytes: int = MAX_ROW_BYTES
+) -> Opened:
+    """The rows of a file, of a folder's split or of the hub; arguments of :func:`read_triplets`."""
     if str(source).startswith('hub:'):
-        return read_hub(str(source), task, split), task.for_hub(), True
+        return Opened(str(source), read_hub(str(source), task, split), task.for_hub(), True)
     path = source_file(source, split)
-    return read_rows(path, on_bad, max_bytes), task, kind_of(path) != '.csv'
+    return Opened(str(path), read_rows(path, on_bad, max_bytes), task, kind_of(path) != '.csv')
 
 
 def triplets_of(

@@ -73,18 +73,20 @@ def check_parts(config: Config) -> None:
 
 def check_chosen(config: Config, task: Task) -> None:
     """Refuse an export or an early stopper that asks for evaluations that there are not."""
+    choosers = ('drop_reasoning_head', 'early_stopper')
+    given = {name: kwargs for name, kwargs in used(config.callbacks).items() if name in choosers}
+    if not given:
+        return
     count = len(task.label_names) or 2  # of a task whose labels are yet to be found; here names alone count
     metrics = {type(metric).__name__: metric for metric in build_metrics(task.metrics, count, task.multi_label)}
     evaluated = dict.fromkeys(used(config.eval_loaders), metrics)
-    known = {'drop_reasoning_head': evaluated, 'early_stopper': {**evaluated, 'train': metrics}}
-    given = {name: kwargs for name, kwargs in used(config.callbacks).items() if name in known}
+    never = not parse_time(config.eval_interval, 'eval_interval').value
     for name, part in zip(given, registry.build_parts('callbacks', given)):
-        part.check_evaluations(known[name])
+        stops = name == 'early_stopper'
+        part.check_evaluations({**evaluated, 'train': metrics} if stops else evaluated)
         asked = [key for key in ('monitor', 'calibrate') if getattr(part, key, None)]
-        trains = (
-            getattr(part, 'dataloader_label', None) == 'train'
-        )  # of an early stopper, which needs no evaluation then
-        if asked and not trains and not parse_time(config.eval_interval, 'eval_interval').value:
+        needed = not stops or part.dataloader_label != 'train'  # the metrics of training batches are always there
+        if asked and needed and never:
             raise UserError(
                 f'{name}.{asked[0]}: found with eval_interval={config.eval_interval}, which never evaluates'
             )

@@ -176,6 +176,7 @@ OURS = 'algorithms.auxiliary_reasoning_loss'
         # places
         ('save_folder=file', 'save_folder: file: found a file; expected a folder'),
         ('output_dir=file', 'output_dir: file: found a file; expected a folder'),
+        # what would have no effect, or another's
         ('eval_loaders.train={source: rows.jsonl}', "eval_loaders.train: found 'train', which is Composer's name"),
         (
             f'{STOPPER}, dataloader_label: valid, patience: 1ep}}',

@@ -118,10 +118,11 @@ def _check_classes(state: State, model: Any) -> None:
 
 def _total(loss: Any) -> Any:
     """The one loss of a model, summed as Composer does where there are several."""
+    if isinstance(loss, Tensor):
+        return loss
     if isinstance(loss, Mapping) and 'total' in loss:
         return loss['total']
-    parts: Any = ensure_tuple(loss)
-    return loss if isinstance(loss, Tensor) else sum(part.mean() for part in parts)
+    return sum(part.mean() for part in ensure_tuple(loss))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _check_own_loss(batch: Any, model: Any) -> None:
