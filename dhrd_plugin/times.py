@@ -31,9 +31,11 @@ def parse_interval(text: Any, key: str) -> Any:
     """As :func:`parse_time`, of what happens again and again; ``0ba`` and ``0ep`` are never.
 
     Raises:
-        UserError: besides, it is ``0dur``, by which Composer divides.
+        UserError: besides, it is ``0dur``, by which Composer divides, or counts iterations, of which a run has one.
     """
     time = parse_time(text, key)
+    if time.unit.value == 'iter':
+        raise UserError(f"{key}: found {text!r}; expected epochs, batches or a share, as '1ep', '40ba', '0.1dur'")
     if time.unit.value == 'dur' and not time.value:
         raise UserError(f"{key}: found {text!r}; expected a share of the run, as '0.1dur', or '0ep' for never")
     return time

@@ -17,6 +17,7 @@ from dhrd_plugin.comparison.results import PLAN, RESULTS, CellKey, read_plan
 from dhrd_plugin.errors import UserError, nearest
 from dhrd_plugin.redact import without_secrets
 from dhrd_plugin.streams.index import INDEX
+from dhrd_plugin.streams.settings import named_streams
 from dhrd_plugin.training.checks import find_source
 from dhrd_plugin.training.config import (
     Config,
@@ -112,7 +113,7 @@ def _read_by(loader: LoaderConfig) -> Iterator[Path]:
     for place in (loader.source, loader.rationales):
         if place and not place.startswith('hub:'):
             yield Path(find_source(place))
-    for stream in [*loader.streams.values()] or [{'local': loader.local, 'remote': loader.remote}]:
+    for stream in named_streams(asdict(loader), '').values():
         if stream.get('local') and not stream.get('remote'):
             yield Path(stream['local'], stream.get('split') or loader.split or '', INDEX)
 

@@ -37,7 +37,7 @@ from dhrd_plugin.data.triplet import (
     rationales_of,
     spell,
 )
-from dhrd_plugin.data.triplets import read_triplets
+from dhrd_plugin.data.triplets import distinct, read_triplets
 from dhrd_plugin.errors import UserError, nearest, user_errors
 from dhrd_plugin.problem_type import MULTI_LABEL
 from dhrd_plugin.ranks import end_with_parent
@@ -47,7 +47,7 @@ from dhrd_plugin.streams.remote import is_remote
 
 HASHES = ('sha1', 'xxh64')
 SHARD_SIZE = 1 << 24  # 16 Mi
-FORMAT = 4  # of the shards and the summary; a change makes every cached set a new one
+FORMAT = 5  # of the shards and the summary; a change makes every cached set a new one
 _SIZES, _WEIGHT = struct.Struct('=8I').pack, struct.Struct('=d').pack
 
 Survey = Callable[[list[Triplet]], Any]
@@ -123,7 +123,7 @@ def write_set(
     options = {'compression': compression, 'hashes': sorted(set(hashes))}
     _check_options(options)
     labels = Counter(dict.fromkeys(task.label_names, 0) if task else {})
-    checked = (check_triplet(row, task, labelled) for row in triplets)
+    checked = distinct(check_triplet(row, task, labelled) for row in triplets)
     options['columns'] = {**COLUMNS, 'label': 'json'} if task and task.multi_label else COLUMNS
     jobs = ((folder, number, chunk, options, survey) for number, chunk in enumerate(_chunks(checked, size_limit)))
     written = list(_write_shards(jobs, workers))
@@ -207,6 +207,8 @@ def read_summary(folder: str | Path) -> dict[str, Any] | None:
 
 def check_triplet(row: Mapping[str, Any], task: Task | None = None, labelled: bool = True) -> Triplet:
     """Check a triplet, whose label is one of the task's where there is a task, and fill in its defaults."""
+    if not isinstance(row, Mapping):
+        raise UserError(f'triplets: found {spell(row)}; expected mappings (write_rows takes a DataFrame)')
     get = row.get
     try:
         if not row.keys() <= COLUMNS.keys():

@@ -211,7 +211,7 @@ class Task:
                 'input_text': text,
                 'label': label,
                 'answer': self.answer_of(label),
-                'rationale': check_rationale(look_up(scope, self.rationale), self.rationale),
+                'rationale': check_rationale(look_up(scope, self.rationale), self.rationale, typed),
                 'weight': check_weight(look_up(scope, self.weight), self.weight, typed),
                 'group': identify(scope, self.group) if self.group else '',
                 'probabilities': self._probabilities(scope, typed),

@@ -85,10 +85,19 @@ def check_id(value: object, field: str, empty: bool = False) -> str:
     return check_text(value, field, empty)
 
 
-def check_rationale(value: object, field: str) -> str | list[str] | None:
-    """Check a rationale: None, a text, or a list of at least one text; see :func:`check_text`."""
+def check_rationale(value: object, field: str, typed: bool = True) -> str | list[str] | None:
+    """Check a rationale: None, a text, or a list of at least one text; see :func:`check_text`.
+
+    Args:
+        value: what the row holds.
+        field: its name, for the error.
+        typed: False where a list may stand in a text, as JSON, as in a CSV file.
+    """
     if value is None:
         return None
+    if not typed and isinstance(value, str) and value.lstrip()[:1] == '[':  # "[sic] ..." is a text
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if isinstance(value, list) and value:
         return [check_text(text, f'{field}[{index}]') for index, text in enumerate(value)]
     return check_text(value, field)

@@ -169,7 +169,7 @@ def _rationale(fields: dict[str, Any], id_field: str, task: Task | None, typed: 
     ident = identify(fields, _first(fields, *names) or id_field or 'id')
     value: dict[str, Any] = {}
     if name := _first(fields, task.rationale if task else 'rationale', 'rationale'):
-        value['rationale'] = check_rationale(look_up(fields, name), name)
+        value['rationale'] = check_rationale(look_up(fields, name), name, typed)
     if name := _first(fields, task.probabilities if task else 'probabilities', 'probabilities'):
         names = task and task.label_names
         value['probabilities'] = check_probabilities(look_up(fields, name), name, names, typed)
@@ -254,6 +254,15 @@ def checked_rows(
             for triplet in triplets:
                 seen.add(triplet['id'], row.where)
             yield row, triplets
+
+
+def distinct(triplets: Iterable[Triplet]) -> Iterator[Triplet]:
+    """The triplets as they are; a :class:`BadRow` at the first id that an earlier one has."""
+    seen = _Table()
+    for number, triplet in enumerate(triplets, 1):
+        with catching_bad(raise_bad, f'triplet {number}', dict(triplet)):
+            seen.add(triplet['id'], f'triplet {number}')
+        yield triplet
 
 
 def _hint(row: Row) -> str:

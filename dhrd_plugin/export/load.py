@@ -179,7 +179,15 @@ def _from_folder(folder: Path, place: str | Path, runtime: str | None = None, on
         raise UserError(
             f'{place}: config.json: id2label: found {one_line(names)}; expected a name for each class, from 0'
         )
+    _check_template(stored.get('task'), place)
     return Classifier(model, tokenizer, labels, stored.get('task'), stored.get('max_seq_len'), temperature)
+
+
+def _check_template(task: Mapping[str, Any] | None, place: str | Path) -> None:
+    try:
+        None if task is None else load_task(task)
+    except UserError as error:
+        raise UserError(f'{place}: config.json: {error}') from None
 
 
 def _device() -> torch.device:

@@ -52,7 +52,10 @@ def check_free(
     where = f'{key}: {out}' if key else str(out)
     if is_remote(out):
         check_address(str(out), key)
-        whole = not overwrite and read(str(join(out, INDEX)), attempts=1) is not None
+        index = read(str(join(out, INDEX)), attempts=1)
+        whole = index is not None
+        if whole and not file_names(index):
+            raise UserError(f'{where}: holds an {INDEX} of something else; choose another place')
     else:
         path = Path(out)
         files.sweep(path.absolute().parent, path.name)

@@ -56,12 +56,16 @@ def build_streams(settings: Mapping[str, Any], key: str) -> list[TripletStream]:
     """The streams of the loader ``key``, whose settings :func:`check_settings` has passed."""
     common = {name: settings['dataset'].get(name) for name in DOWNLOADS}
     common |= {name: settings[name] for name in ('split', 'cache_dir')}
-    named = {f'{key}.streams.{name}': stream for name, stream in settings['streams'].items()}
-    named = named or {key: {name: settings[name] for name in ('remote', 'local')}}
     return [
         TripletStream(key=name, **{option: value for option, value in (common | stream).items() if value is not None})
-        for name, stream in named.items()
+        for name, stream in named_streams(settings, key).items()
     ]
+
+
+def named_streams(settings: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    """The settings of each stream of the loader ``key``, by its key; without ``streams`` the loader is the one."""
+    named = {f'{key}.streams.{name}': stream for name, stream in settings['streams'].items()}
+    return named or {key: {name: settings[name] for name in ('remote', 'local')}}
 
 
 def check_settings(settings: Mapping[str, Any], key: str, training: bool = True) -> None:

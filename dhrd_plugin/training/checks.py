@@ -72,8 +72,9 @@ def check_parts(config: Config) -> None:
 
 
 def check_chosen(config: Config, task: Task) -> None:
-    """Refuse an export or an early stopper that asks for evaluations that there are not."""
-    choosers = ('drop_reasoning_head', 'early_stopper')
+    """Refuse an export or a stopper that asks for evaluations that there are not."""
+    stoppers = ('early_stopper', 'threshold_stopper')
+    choosers = ('drop_reasoning_head', *stoppers)
     given = {name: kwargs for name, kwargs in used(config.callbacks).items() if name in choosers}
     if not given:
         return
@@ -82,7 +83,7 @@ def check_chosen(config: Config, task: Task) -> None:
     evaluated = dict.fromkeys(used(config.eval_loaders), metrics)
     never = not parse_time(config.eval_interval, 'eval_interval').value
     for name, part in zip(given, registry.build_parts('callbacks', given)):
-        stops = name == 'early_stopper'
+        stops = name in stoppers
         part.check_evaluations({**evaluated, 'train': metrics} if stops else evaluated)
         asked = [key for key in ('monitor', 'calibrate') if getattr(part, key, None)]
         needed = not stops or part.dataloader_label != 'train'  # the metrics of training batches are always there

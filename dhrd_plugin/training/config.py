@@ -83,7 +83,7 @@ class LoaderConfig:
     cache_dir: str | None = None
     local: str | None = None
     remote: str | None = None
-    streams: dict[str, dict[str, Any]] = field(default_factory=dict)
+    streams: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     shuffle: bool = True
     shuffle_seed: int | None = field(default=None, metadata=within(0, LARGEST_SEED))
     num_workers: int = field(default=0, metadata=within(0))
@@ -185,6 +185,8 @@ def load_config(
     config: Config = OmegaConf.to_object(typed)  # pyright: ignore[reportAssignmentType]
     config.environment = environment
     config.device = 'gpu' if config.device == 'cuda' else config.device
+    for loader in loaders(config).values():
+        loader.streams = used(loader.streams)
     _check(config, path)
     return config
 

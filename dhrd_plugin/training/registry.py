@@ -58,14 +58,14 @@ def parts(section: str) -> dict[str, Any]:
 
     from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss
     from dhrd_plugin.callbacks.drop_reasoning_head import DropReasoningHead
-    from dhrd_plugin.callbacks.early_stopper import EarlyStopper
     from dhrd_plugin.callbacks.gradient_comparison import GradientComparison
+    from dhrd_plugin.callbacks.stoppers import EarlyStopper, ThresholdStopper
     from dhrd_plugin.training.mlflow_logger import MLFlowLogger
 
-    ours = {
+    ours = {  # one of a name that Composer has stands in the place of its
         'algorithms': [AuxiliaryReasoningLoss],
-        'callbacks': [DropReasoningHead, EarlyStopper, GradientComparison],  # the second in the place of Composer's
-        'loggers': [MLFlowLogger],  # as well
+        'callbacks': [DropReasoningHead, GradientComparison, EarlyStopper, ThresholdStopper],
+        'loggers': [MLFlowLogger],
     }
     torchs = {'optimizer': [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD]}
     module, base = {

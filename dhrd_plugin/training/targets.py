@@ -1,5 +1,6 @@
 """Every place that a run writes is looked at before it reads anything: whether it may be written, and can be."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from dhrd_plugin import files
 from dhrd_plugin.export.place import check_place
 from dhrd_plugin.models.pretrained import PACKAGE_PREFIX
 from dhrd_plugin.streams.remote import check_address, is_remote
+from dhrd_plugin.streams.settings import named_streams
 from dhrd_plugin.training.builders import save_folder
 from dhrd_plugin.training.checks import find_source
 from dhrd_plugin.training.config import Config, loaders, used
@@ -60,9 +62,8 @@ def inputs(config: Config) -> dict[str, str]:
     for key, loader in loaders(config).items():
         found[f'{key}.source'] = loader.source and find_source(loader.source)
         found[f'{key}.rationales'] = loader.rationales and find_source(loader.rationales)
-        found |= {f'{key}.local': loader.local, f'{key}.remote': loader.remote}
-        for name, stream in loader.streams.items():
-            found |= {f'{key}.streams.{name}.{place}': stream.get(place) for place in ('local', 'remote')}
+        for name, stream in named_streams(dataclasses.asdict(loader), key).items():
+            found |= {f'{name}.{place}': stream.get(place) for place in ('local', 'remote')}
     model = config.model.pretrained_model_name_or_path
     found['model.pretrained_model_name_or_path'] = None if model.startswith(PACKAGE_PREFIX) else model
     found |= {'tokenizer.name': config.tokenizer.name, 'load_path': config.load_path, 'task': config.task}

@@ -117,6 +117,7 @@ OURS = 'algorithms.auxiliary_reasoning_loss'
         ('eval_interval=0dur', "eval_interval: found '0dur'; expected a share of the run"),
         ('save_interval=0dur', "save_interval: found '0dur'; expected a share of the run"),
         ('console_log_interval=0dur', "console_log_interval: found '0dur'; expected a share of the run"),
+        ('save_interval=1iter', "save_interval: found '1iter'; expected epochs, batches or a share"),
         ('save_interval=often', "save_interval: found 'often'; expected a Composer time string"),
         ('console_log_interval=-2ba', "console_log_interval: found '-2ba'; expected a time of 0 or more"),
         (
@@ -189,6 +190,14 @@ OURS = 'algorithms.auxiliary_reasoning_loss'
         (
             'callbacks.early_stopper={monitor: Acc, dataloader_label: val, patience: 1ep}',
             "early_stopper.monitor: found 'Acc'; expected one of MulticlassAccuracy",
+        ),
+        (
+            'callbacks.threshold_stopper={monitor: MulticlassAccuracy, dataloader_label: valid, threshold: 0.9}',
+            "threshold_stopper.dataloader_label: found 'valid'; did you mean 'val'?",
+        ),
+        (
+            'callbacks.threshold_stopper={monitor: Acc, dataloader_label: train, threshold: 0.9}',
+            "threshold_stopper.monitor: found 'Acc'; expected one of MulticlassAccuracy",
         ),
         (
             'model={freeze_backbone: true, lora: {}}',

@@ -105,7 +105,7 @@ DAMAGES = {
     'config.json: a task that is none': (
         'slim',
         config(dhrd={'task': {'prompt': 5}}),
-        ['task: prompt: found 5; expected a text'],
+        ['slim: config.json: task: prompt: found 5; expected a text'],
     ),
     'config.json: dhrd is a text': ('slim', config(dhrd='rte'), ['slim: cannot be loaded']),
     'weights: none': ('stock', gone('model.safetensors'), ['stock: cannot be loaded']),

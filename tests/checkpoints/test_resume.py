@@ -322,13 +322,23 @@ STOPPER = ('callbacks.early_stopper={monitor: MulticlassAccuracy, dataloader_lab
 AT_REST = ('optimizer.lr=1e-9', 'scheduler=null', 'eval_interval=2ba', 'save_interval=2ba', 'max_duration=14ba')
 
 
-def test_a_run_that_stopped_early_stays_stopped_unless_it_is_to_be_more_patient(yaml, tmp_path, monkeypatch):
+THRESHOLD = ('callbacks.threshold_stopper={monitor: MulticlassAccuracy, dataloader_label: validation, threshold: -1}',)
+
+
+@pytest.mark.parametrize(
+    ('stopper', 'more', 'expected'),
+    [
+        (STOPPER, 'callbacks.early_stopper.patience=8ba', [8, 8, 12]),
+        (THRESHOLD, 'callbacks.threshold_stopper.threshold=2', [2, 2, 14]),
+    ],
+)
+def test_a_run_that_was_stopped_stays_stopped_unless_it_is_to_go_further(yaml, tmp_path, stopper, more, expected):
     steps = []
-    for more in ((), (), ('callbacks.early_stopper.patience=8ba',)):
-        trainer = run(yaml, tmp_path, *AT_REST, *STOPPER, *more)
+    for override in ((), (), (more,)):
+        trainer = run(yaml, tmp_path, *AT_REST, *stopper, *override)
         steps.append(int(trainer.state.timestamp.batch))
         trainer.close()
-    assert steps == [8, 8, 12]
+    assert steps == expected
 
 
 def test_a_run_that_goes_on_stops_where_it_would_have_stopped(yaml, tmp_path, monkeypatch):

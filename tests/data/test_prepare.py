@@ -337,6 +337,12 @@ def test_written_to_s3_and_read_from_there(s3, tmp_path, capsys):
     assert run(*command, '--overwrite') == 0
     assert [row['rationale'] for row in read_remote(f'{remote}/train', tmp_path / 'two')] == ['r0', 'r1', 'new', 'r3']
 
+    index = s3.folder / 'rte' / 'train' / 'index.json'
+    index.write_text('{"page": 1}')
+    assert run(*command, '--overwrite') == 2
+    assert f'error: --output: {remote}/train: holds an index.json of something else' in capsys.readouterr().err
+    assert index.read_text() == '{"page": 1}'
+
 
 @pytest.mark.parametrize('last', ['index.json', '.mds'])
 def test_an_upload_that_breaks_off_leaves_the_old_set(s3, tmp_path, monkeypatch, last):

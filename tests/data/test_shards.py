@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,7 +63,7 @@ def files(folder):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(triplets, min_size=1, max_size=5))
+@given(st.lists(triplets, min_size=1, max_size=5, unique_by=lambda row: row['id']))
 def test_every_field_comes_back_byte_for_byte(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp('round') / 'set'
     write_triplets(rows, folder)
@@ -186,6 +187,7 @@ def test_defaults_are_filled_in(tmp_path):
         ({'label': None}, 'field label: is missing'),
         ({'label': ''}, 'field label: is empty'),
         ({'id': 5}, 'triplet 5, field id: found 5; expected text'),
+        ({'id': '1'}, "triplet 6, field id: found '1' twice, first in triplet 2"),
         ({'input_text': ''}, 'field input_text: is empty'),
         ({'rationale': 3}, 'field rationale: found 3; expected text'),
         ({'rationale': ['']}, r'field rationale\[0\]: is empty'),
@@ -208,6 +210,12 @@ def test_a_bad_triplet_leaves_the_old_set(tmp_path, change, message):
         write_triplets(bad, tmp_path / 'set', task=RTE, overwrite=True)
     assert files(tmp_path / 'set') == before
     assert os.listdir(tmp_path) == ['set']
+
+
+def test_what_are_no_triplets_is_told_in_a_line(tmp_path):
+    with pytest.raises(UserError, match=r'^triplets: found "id"; expected mappings \(write_rows takes a DataFrame\)$'):
+        write_triplets(pd.DataFrame(rows(3)), tmp_path / 'set')  # pyright: ignore[reportArgumentType]
+    assert not os.listdir(tmp_path)
 
 
 def test_unlabelled_rows_where_they_are_asked_for(tmp_path):

@@ -441,6 +441,24 @@ def test_join_takes_texts_lists_and_weights(tmp_path):
     assert report == {'rationales': 2, 'joined': 2, 'replaced': 1, 'changed': 0, 'unmatched': 0, 'rows_without': 1}
 
 
+def test_several_rationales_in_a_cell_of_a_csv_file_are_json(tmp_path):
+    cells = {'["a", "b"]': ['a', 'b'], '[sic] a': '[sic] a', '["a': '["a', '5': '5'}
+
+    def write(path, cells):
+        with path.open('w', newline='') as file:
+            writer = csv.DictWriter(file, [*ROWS[0], 'rationale'])
+            writer.writeheader()
+            writer.writerows({**ROWS[0], 'idx': index, 'rationale': cell} for index, cell in enumerate(cells))
+        return path
+
+    path = write(tmp_path / 'a.csv', cells)
+    joined = join_rationales([triplet(index, None) for index in range(len(cells))], path, RTE)
+    for rows in (read_triplets(path, RTE), joined):
+        assert [row['rationale'] for row in rows] == [*cells.values()]
+    with pytest.raises(BadRow, match=r'field rationale: found \[\]; expected text'):
+        list(read_triplets(write(tmp_path / 'b.csv', ['[]']), RTE))
+
+
 @pytest.mark.parametrize(
     ('row', 'message'),
     [

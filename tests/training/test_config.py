@@ -107,6 +107,11 @@ def test_values_are_typed_and_interpolated(yaml):
         config.max_durations = '1ep'
 
 
+def test_a_stream_of_null_is_left_out(yaml):
+    config = load_config(yaml, ['train_loader.streams={a: {local: a}, b: {local: b}}', 'train_loader.streams.a=null'])
+    assert config.train_loader.streams == {'b': {'local': 'b'}}
+
+
 def test_the_command_says_it_without_a_traceback(root, yaml):
     command = [sys.executable, str(root / 'scripts' / 'train.py'), str(yaml)]
     overrides = ['algorithms.auxiliary_reasoning_loss.alhpa=1', 'train_loader.source=absent.jsonl']

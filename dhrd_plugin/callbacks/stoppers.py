@@ -1,9 +1,10 @@
-"""Composer's early stopper, for runs that are stopped and go on."""
+"""Composer's early and threshold stoppers, for runs that are stopped and go on."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import composer.callbacks
+import torch
 from composer.core import State, Timestamp, TimeUnit
 from composer.loggers import Logger
 
@@ -25,16 +26,10 @@ class EarlyStopper(composer.callbacks.EarlyStopper):
         Args:
             metrics: those of the run, by evaluation set and name; under ``train`` those of its training batches.
         """
-        key, unit = 'early_stopper', self.patience.unit
-        if unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
-            raise UserError(
-                f'{key}.patience: found {self.patience.to_timestring()}; expected epochs (ep) or batches (ba)'
-            )
-        label = self.dataloader_label
-        if label not in metrics:
-            raise UserError(f'{key}.dataloader_label: found {label!r}; {nearest(label, metrics)}')
-        if self.monitor not in metrics[label]:
-            raise UserError(f'{key}.monitor: found {self.monitor!r}; {nearest(self.monitor, metrics[label])}')
+        if self.patience.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
+            found = self.patience.to_timestring()
+            raise UserError(f'early_stopper.patience: found {found}; expected epochs (ep) or batches (ba)')
+        _check_monitored(self, 'early_stopper', metrics)
 
     def _update_stopper_state(self, state: State) -> None:
         self._last = state.timestamp
@@ -61,6 +56,49 @@ class EarlyStopper(composer.callbacks.EarlyStopper):
         if state:
             self.best = state['best']
             self.best_occurred, self._last = (Timestamp(**state[name]) for name in ('best_occurred', 'last'))
+
+
+class ThresholdStopper(composer.callbacks.ThresholdStopper):
+    """Composer's, with the last value in the checkpoint: a run that it ended stays ended, unless the threshold differs.
+
+    Arguments are Composer's.
+    """
+
+    _last: torch.Tensor | None = None
+
+    def check_evaluations(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse an evaluation set or a metric that there is not; see :meth:`EarlyStopper.check_evaluations`."""
+        _check_monitored(self, 'threshold_stopper', metrics)
+
+    def _compare_metric_and_update_state(self, state: State) -> None:
+        self._last = torch.as_tensor(self._get_monitored_metric(state)).detach().cpu()
+        self._stop_if_reached(state)
+
+    def _stop_if_reached(self, state: State) -> None:
+        if self._last is not None and self.comp_func(self._last, self.threshold):
+            state.stop_training()
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Stop where the checkpoint's run had."""
+        del logger
+        self._stop_if_reached(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The value that was compared last."""
+        return {} if self._last is None else {'last': self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember; a checkpoint of Composer's own has nothing."""
+        self._last = state.get('last')
+
+
+def _check_monitored(stopper: Any, key: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse an evaluation set or a metric of it that there is not."""
+    label, monitor = stopper.dataloader_label, stopper.monitor
+    if label not in metrics:
+        raise UserError(f'{key}.dataloader_label: found {label!r}; {nearest(label, metrics)}')
+    if monitor not in metrics[label]:
+        raise UserError(f'{key}.monitor: found {monitor!r}; {nearest(monitor, metrics[label])}')
 
 
 def _plain(timestamp: Timestamp) -> dict[str, int]:
