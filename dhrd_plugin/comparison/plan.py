@@ -14,11 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dhrd_plugin import files
 from dhrd_plugin.comparison.results import PLAN, RESULTS, CellKey, read_plan
+from dhrd_plugin.data.rows import find_source
 from dhrd_plugin.errors import UserError, nearest
 from dhrd_plugin.redact import without_secrets
 from dhrd_plugin.streams.index import INDEX
 from dhrd_plugin.streams.settings import named_streams
-from dhrd_plugin.training.checks import find_source
 from dhrd_plugin.training.config import (
     Config,
     FromEnvironment,

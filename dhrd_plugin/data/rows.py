@@ -67,9 +67,16 @@ def kind_of(path: str | Path) -> str:
     return Path(path).suffix.lower()
 
 
+def find_source(source: str | Path) -> str:
+    """A path, or ``sample/NAME``: a file of the triplets that the package ships."""
+    path = Path(source)
+    shipped = path.parts[:1] == ('sample',) and not path.exists()
+    return str(Path(__file__).parent / path if shipped else source)
+
+
 def source_file(source: str | Path, split: str | None = None) -> Path:
     """The file that ``source`` is, or that holds the split (by any of its names) in the folder that it is."""
-    path = Path(source).expanduser()
+    path = Path(find_source(source)).expanduser()
     if path.is_file():
         if split is not None:
             raise UserError(f'{path}: is one file; leave out the split {split!r}, or give its folder')

@@ -13,6 +13,7 @@ from dhrd_plugin.data.rows import (
     SUFFIXES,
     catching_bad,
     check_is_text,
+    find_source,
     in_memory,
     kind_of,
     parse_object,
@@ -49,7 +50,7 @@ def read_texts(place: str, task: Task | None) -> Iterator[Text]:
     Raises:
         UserError: nothing is there, or it cannot be read; of a row the error has the place.
     """
-    path = Path(place).expanduser()
+    path = Path(find_source(place)).expanduser()
     if is_remote(place) and kind_of(place) in (*SUFFIXES, *TABLES, '.txt'):
         yield from _read_remote(place, task)
     elif is_remote(place) or (path / INDEX).is_file():

@@ -38,7 +38,7 @@ from dhrd_plugin.streams.rows import StreamRows
 from dhrd_plugin.streams.settings import DOWNLOADS, WEIGHTS, build_streams
 from dhrd_plugin.streams.stream import TripletStream
 from dhrd_plugin.training import registry
-from dhrd_plugin.training.checks import check_one_label, find_source, on_gpu
+from dhrd_plugin.training.checks import check_one_label, on_gpu
 from dhrd_plugin.training.config import Config, LoaderConfig, LoraConfig, used
 from dhrd_plugin.training.display import AnnounceExport, Display
 from dhrd_plugin.training.fsdp import average_gradients, build_fsdp
@@ -55,10 +55,9 @@ def find_streams(key: str, loader: LoaderConfig, task: Task) -> list[TripletStre
     if not loader.source:
         streams = build_streams(dataclasses.asdict(loader), key)
     else:
-        rationales = loader.rationales and find_source(loader.rationales)
         options: Any = {'control': loader.control, 'seed': loader.control_seed, 'cache_dir': loader.cache_dir}
         with dist.run_local_rank_zero_first():
-            folder = cached_shards(find_source(loader.source), task, rationales, loader.split, **options)
+            folder = cached_shards(loader.source, task, loader.rationales, loader.split, **options)
         streams = [TripletStream(local=str(folder), key=key)]
     if key != 'train_loader':
         once_a_node(StreamRows(streams).fetch)
@@ -147,8 +146,7 @@ def find_labels(config: Config, task: Task) -> Task:
     loader = config.train_loader
     if task.labels:
         return task
-    if loader.source:
-        source = find_source(loader.source)
+    if source := loader.source:
         return once_a_node(lambda: with_labels(task, source, loader.split))
     streams = build_streams(dataclasses.asdict(loader), 'train_loader')
     return once_a_node(lambda: _labels_of_shards(task, streams))

@@ -12,6 +12,7 @@ from composer.utils import dist
 
 from dhrd_plugin.arguments import check_arguments
 from dhrd_plugin.callbacks.gradient_comparison import NO_COMPILE, NO_FSDP
+from dhrd_plugin.data.rows import find_source
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.metrics import build_metrics
@@ -19,10 +20,8 @@ from dhrd_plugin.streams.remote import is_remote
 from dhrd_plugin.streams.settings import check_settings
 from dhrd_plugin.times import parse_time
 from dhrd_plugin.training import registry
-from dhrd_plugin.training.config import PACKAGE, Config, LoaderConfig, loaders, used
+from dhrd_plugin.training.config import Config, LoaderConfig, loaders, used
 from dhrd_plugin.training.fsdp import build_fsdp, fsdp_version
-
-SAMPLE = 'sample/'  # sources of this prefix are the triplets that the package ships
 
 
 def check_limits(config: Config) -> None:
@@ -171,13 +170,6 @@ def check_loader(key: str, loader: LoaderConfig) -> None:
         raise UserError(f'{key}.control: found with shards; expected source, or shards prepared with --control')
     if loader.weights and key != 'train_loader':
         raise UserError(f'{key}.weights: found {loader.weights!r}; only train_loader has weights, evaluation none')
-
-
-def find_source(source: str) -> str:
-    """A path, or ``sample/NAME``: a file of the triplets that the package ships."""
-    if source.startswith(SAMPLE) and not Path(source).exists():
-        return str(PACKAGE / 'data' / source)
-    return source
 
 
 def check_fsdp(config: Config, gpu: bool) -> None:

@@ -8,12 +8,12 @@ from composer.core import Timestamp
 from composer.utils import format_name_with_dist_and_time
 
 from dhrd_plugin import files
+from dhrd_plugin.data.rows import find_source
 from dhrd_plugin.export.place import check_place
 from dhrd_plugin.models.pretrained import PACKAGE_PREFIX
 from dhrd_plugin.streams.remote import check_address, is_remote
 from dhrd_plugin.streams.settings import named_streams
 from dhrd_plugin.training.builders import save_folder
-from dhrd_plugin.training.checks import find_source
 from dhrd_plugin.training.config import Config, loaders, used
 from dhrd_plugin.training.summary import SUMMARY, log_file
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from dhrd_plugin.data.lengths import describe_changed
 from dhrd_plugin.data.rows import read_rows, source_file
 from dhrd_plugin.data.shards import cached_shards
 from dhrd_plugin.data.tasks import load_task
+from dhrd_plugin.data.texts import read_texts
 from dhrd_plugin.data.triplet import BadRow, fingerprint
 from dhrd_plugin.data.triplets import join_rationales, read_triplets
 from dhrd_plugin.errors import UserError
@@ -85,6 +87,16 @@ def test_creak_is_a_template_alone(shared, tmp_path):
 def test_the_sample_reads_as_rte_with_its_own_rationales(sample):
     rows = list(read_triplets(sample, RTE, split='train'))
     assert len(rows) == 750 and all(row['rationale'] for row in rows)
+
+
+def test_the_sample_has_a_name_in_every_folder(sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = list(read_triplets('sample/validation.jsonl', RTE))
+    assert rows == list(read_triplets(sample / 'validation.jsonl', RTE))
+    assert [text.text for text in read_texts('sample/validation.jsonl', RTE)] == [row['input_text'] for row in rows]
+    (tmp_path / 'sample').mkdir()
+    (own,) = read_triplets(write_jsonl(Path('sample/validation.jsonl'), ROWS[:1]), RTE)
+    assert own['input_text'] != rows[0]['input_text']
 
 
 # ------------------------------------------------------------------------------------------------

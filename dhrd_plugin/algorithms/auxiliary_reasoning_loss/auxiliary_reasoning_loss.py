@@ -144,10 +144,10 @@ class AuxiliaryReasoningLoss(Algorithm):
     """Total loss = ``beta`` * classification + ``alpha`` * ``schedule(state)`` * reasoning.
 
     Runs on :attr:`.Event.INIT`, to give the model a reasoning head where it has none
-    (:func:`~dhrd_plugin.apply_reasoning_head`), on :attr:`.Event.BEFORE_FORWARD`, to ask for the
-    reasoning loss, and on :attr:`.Event.AFTER_LOSS`, to add it. It keeps no state: alpha is a function
-    of the timestamp, so resumption, OOM retries and closures see the same value. Where alpha is 0 the
-    rationale is neither run nor paid for. Logs ``loss/train/classification``,
+    (:func:`~dhrd_plugin.apply_reasoning_head`), on :attr:`.Event.BATCH_START`, to log alpha and beta, on
+    :attr:`.Event.BEFORE_FORWARD`, to ask for the reasoning loss, and on :attr:`.Event.AFTER_LOSS`, to add
+    it. It keeps no state: alpha is a function of the timestamp, so resumption, OOM retries and closures see
+    the same value. Where alpha is 0 the rationale is neither run nor paid for. Logs ``loss/train/classification``,
     ``loss/train/reasoning``, ``loss/train/total``, ``dhrd/alpha`` and ``dhrd/beta``.
 
     Args:
