@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dhrd_plugin.data.fields import as_whole
 from dhrd_plugin.data.rows import MAX_ROW_BYTES, OnBad, Row, catching_bad, raise_bad
-from dhrd_plugin.data.tasks import Label, Task, as_whole, build_labels, with_found_labels
+from dhrd_plugin.data.tasks import Label, Task, build_labels, with_found_labels
 from dhrd_plugin.data.triplet import BadRow, spell
 from dhrd_plugin.data.triplets import checked_rows, open_rows
 from dhrd_plugin.errors import UserError, nearest

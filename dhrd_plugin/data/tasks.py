@@ -5,26 +5,35 @@ A task is data, not code: a small YAML template. The seven SuperGLUE tasks of th
 """
 
 import json
-import math
-import re
-import string
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from decimal import Decimal
-from functools import cached_property, lru_cache
-from numbers import Real
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import yaml
 
+from dhrd_plugin.data.fields import (
+    as_whole,
+    check_number_format,
+    find_id,
+    format_number,
+    identify,
+    is_empty,
+    is_field,
+    is_nan,
+    is_there,
+    items_of,
+    look_up,
+    parse_format,
+    path_of,
+)
 from dhrd_plugin.data.triplet import (
     BETWEEN,
     NO_CLASS,
     BadRow,
     Triplet,
-    check_id,
     check_probabilities,
     check_rationale,
     check_target,
@@ -54,14 +63,6 @@ class Label:
             return type(value) is type(self.value) and value == self.value
         known = str(self.value)
         return str(value) in ((known, known.lower()) if isinstance(self.value, bool) else (known,))
-
-
-def as_whole(value: object, typed: bool) -> object:
-    """``1`` for the ``1.0`` that pandas writes where a column of whole numbers has gaps; else the value."""
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else value
-    found = re.fullmatch(r'(-?\d+)\.0+', value) if not typed and isinstance(value, str) else None
-    return found[1] if found else value
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Task:
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """The fields of the prompt, as it spells them, each once."""
-        return tuple(dict.fromkeys(name for _, name, _ in _parse(self.prompt) if name))
+        return tuple(dict.fromkeys(name for _, name, _ in parse_format(self.prompt) if name))
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict for JSON, from which :func:`load_task` builds the same task."""
@@ -149,28 +150,10 @@ class Task:
         """The task for the hub's rows, whose layout may differ from the files'."""
         return replace(self, hub={}, **{k: v for k, v in self.hub.items() if k not in ('path', 'config')})
 
-    def render(self, row: Mapping[str, Any]) -> str:
-        """The input text of one row; rows that explode into several texts are for :meth:`triplets`.
-
-        Raises:
-            BadRow: a field of the prompt is missing, empty or not text.
-        """
-        return self.render_cuttable(row)[0]
-
-    def render_cuttable(self, row: Mapping[str, Any]) -> tuple[str, list[int] | None]:
-        """The input text of one row, and which of its characters may be cut: ``[start, end]``, if ``truncate`` is set.
-
-        Raises:
-            BadRow: as :meth:`render`.
-        """
-        if self.explode:
-            raise UserError(f'task {self.name}: a row gives several texts; use task.triplets(row)')
-        return self._text(row)
-
     def fill(self, text: str) -> tuple[str, list[int] | None]:
-        """As :meth:`render_cuttable`, where ``text``, which has no type, is the prompt's only field."""
+        """The input text, and what of it may be cut, where ``text``, which has no type, is the prompt's only field."""
         scope: Any = text
-        for key in reversed(_path(self.fields[0])):
+        for key in reversed(path_of(self.fields[0])):
             scope = {key: scope}
         return self._text(scope, typed=False)
 
@@ -224,13 +207,13 @@ class Task:
         scopes: list[Mapping[str, Any]] = [row]
         for clause in self.explode:
             name, _, source = clause.partition(' in ')
-            scopes = [{**scope, name: item} for scope in scopes for item in _items(scope, source)]
+            scopes = [{**scope, name: item} for scope in scopes for item in items_of(scope, source)]
         return scopes
 
     def _text(self, scope: Mapping[str, Any], typed: bool = True) -> tuple[str, list[int] | None]:
         parts: list[str] = []
         cuttable = None
-        for literal, name, spec in _parse(self.prompt):
+        for literal, name, spec in parse_format(self.prompt):
             parts.append(literal)
             if not name:
                 continue
@@ -243,7 +226,7 @@ class Task:
     def _field(self, scope: Mapping[str, Any], name: str, spec: str, typed: bool) -> str:
         """What a field of the prompt prints."""
         value, words = look_up(scope, name), self.words.get(name)
-        if name in self.may_be_empty and _is_empty(value) and (value is not None or is_there(scope, name)):
+        if name in self.may_be_empty and is_empty(value) and (value is not None or is_there(scope, name)):
             text = value if isinstance(value, str) else ''
             return text if words is None else words.get(text, '')
         if value is None and is_there(scope, name):
@@ -251,7 +234,7 @@ class Task:
         if isinstance(value, str) and not value.strip():
             raise BadRow(name, f'is empty; may_be_empty: [{name}] in the template lets it be')
         if spec:
-            return _number(value, name, spec, typed)
+            return format_number(value, name, spec, typed)
         text = check_text(value, name)
         if words is None:
             return text
@@ -268,7 +251,7 @@ class Task:
     def values(self, scope: Mapping[str, Any], typed: bool = True) -> list[Any] | None:
         """What a row's label field holds: one value, of a multi-label task any number; None where it is missing."""
         value = look_up(scope, self.label)
-        if value is None or _is_nan(value):  # pandas' missing
+        if value is None or is_nan(value):  # pandas' missing
             return None
         if not self.multi_label:
             return [value]
@@ -343,118 +326,6 @@ def named_labels(task: Task) -> Task:
     if not task.labels:
         raise UserError(f'task {task.name}: labels: missing; expected the classes, two or more')
     return task
-
-
-# A column, whose name may hold dots or stand in brackets, then keys. Nothing reaches an attribute.
-_FIELD = re.compile(r'([^\[\]{}.!:]+(\.[^\[\]{}.!:_][^\[\]{}.!:]*)*|\[[^\[\]{}]+\])(\[[^\[\]{}]+\])*')
-
-
-@lru_cache(maxsize=256)
-def _path(name: str) -> tuple[str, ...]:
-    """``target[span1_text]`` as ('target', 'span1_text')."""
-    return tuple(part.rstrip(']') for part in name.split('[') if part)
-
-
-@lru_cache(maxsize=256)
-def _parse(text: str) -> tuple[tuple[str, str, str], ...]:
-    """A format string as (literal, field, format spec) triples; fields reach items, never attributes."""
-    parts = []
-    for literal, name, spec, conversion in string.Formatter().parse(text):
-        if name is not None and (conversion or not _FIELD.fullmatch(name)):
-            raise ValueError(f'{{{name}}} is not a field; write {{name}}, {{name[key]}} or {{[any name]}}')
-        parts.append((literal, name or '', spec or ''))
-    return tuple(parts)
-
-
-def _check_format(name: str, spec: str) -> None:
-    """Refuse what formats no number, what is a field itself, and what prints thousands of characters."""
-    for zero in (0, 0.0) if not re.search(r'{|\d{4}', spec) else ():
-        with suppress(ValueError):
-            format(zero, spec)
-            return
-    raise ValueError(f'{{{name}:{spec}}} holds no format of a number, such as {{{name}:d}} or {{{name}:.2f}}')
-
-
-def _keys(scope: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """The keys of a field; of a column whose name has brackets itself, ``Text [EN]``, that name."""
-    return (name,) if name in scope else _path(name)
-
-
-def look_up(scope: Mapping[str, Any], name: str) -> Any:
-    """The value of a field, which a template spells as ``name`` or ``name[key]``; None where it is missing."""
-    value: Any = scope
-    for key in _keys(scope, name):
-        try:
-            value = value[int(key) if isinstance(value, list) else key]
-        except (KeyError, IndexError, TypeError, ValueError):
-            return None
-    return value
-
-
-def is_there(scope: Mapping[str, Any], name: str) -> bool:
-    """Whether a row has the field, be its cell empty (None); not where the column or the key is missing."""
-    *path, last = _keys(scope, name)
-    holder = look_up(scope, path[0] + ''.join(f'[{key}]' for key in path[1:])) if path else scope
-    return isinstance(holder, Mapping) and last in holder
-
-
-def _items(scope: Mapping[str, Any], name: str) -> list[Any]:
-    items = look_up(scope, name)
-    if not isinstance(items, list):
-        raise BadRow(name, 'is missing' if items is None else f'found {spell(items)}; expected a list')
-    return items
-
-
-def identify(scope: Mapping[str, Any], spec: str) -> str:
-    """The id that a template's ``id`` or ``group`` gives a row: one field, or several put together."""
-    if '{' not in spec:
-        return check_id(look_up(scope, spec), spec)
-    parts = _parse(spec)
-    return ''.join(literal + (check_id(look_up(scope, name), name) if name else '') for literal, name, _ in parts)
-
-
-def find_id(scope: Mapping[str, Any], spec: str) -> str | None:
-    """The id that a template's ``id`` gives, if the row has its fields; else what is one in the field ``id``."""
-    names = [name for _, name, _ in _parse(spec) if name] if '{' in spec else [spec]
-    if spec and all(look_up(scope, name) is not None for name in names):
-        return identify(scope, spec)
-    with suppress(BadRow):  # a field that nobody named may hold anything
-        return check_id(as_whole(scope.get('id'), True), 'id')
-    return None
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
-def _is_empty(value: object) -> bool:
-    return value is None or _is_nan(value) or (isinstance(value, str) and not value.strip())
-
-
-def _number(value: Any, field: str, spec: str, typed: bool) -> str:
-    """A number as its format prints it; without types its text may stand for it."""
-    if value is None:
-        raise BadRow(field, 'is missing')
-    number: Any = value if typed or not isinstance(value, str) else _parse_number(value)
-    if not _is_finite(number):
-        raise BadRow(field, f'found {spell(value)}; expected a number')
-    for found in (number, *([int(number)] if number == int(number) else [])):  # "2001.0" in a format of whole numbers
-        with suppress(ValueError, OverflowError, TypeError):
-            return format(found, spec)
-    raise BadRow(field, f'found {spell(value)}; expected a number for the format {spec!r}')
-
-
-def _is_finite(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
-        return False
-    return isinstance(value, int) or math.isfinite(value)
-
-
-def _parse_number(text: str) -> int | float | None:
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return None
 
 
 def _unknown(value: object, known: Iterable[object], field: str) -> BadRow:
@@ -548,7 +419,7 @@ def _check_task(task: Task, where: str) -> None:
         text = getattr(task, key)
         is_format = key == 'prompt' or (key in ('id', 'group') and ('{' in text or not text))
         with user_errors(f'{where}: {key}', ValueError):
-            _parse(text if is_format else f'{{{text}}}')
+            parse_format(text if is_format else f'{{{text}}}')
     _check_problem(task, where)
     for key in ('explode', 'may_be_empty', 'metrics'):
         for item in getattr(task, key):
@@ -556,17 +427,17 @@ def _check_task(task: Task, where: str) -> None:
                 raise UserError(f'{where}: {key}: found {spell(item)}; expected a list of texts')
     for clause in task.explode:
         name, found, source = clause.partition(' in ')
-        if not (found and name.isidentifier() and _FIELD.fullmatch(source)):
+        if not (found and name.isidentifier() and is_field(source)):
             raise UserError(f"{where}: explode: found {clause!r}; expected 'name in field'")
     if '\\n' in task.prompt:
         raise UserError(
             f'{where}: prompt: found a backslash and an n; for a line break use "..." or a block |- in YAML'
         )
-    prompt_fields = [name for _, name, _ in _parse(task.prompt) if name]
+    prompt_fields = [name for _, name, _ in parse_format(task.prompt) if name]
     with user_errors(f'{where}: prompt', ValueError):
-        for _, name, spec in _parse(task.prompt):
+        for _, name, spec in parse_format(task.prompt):
             if spec:
-                _check_format(name, spec)
+                check_number_format(name, spec)
     if not prompt_fields:
         raise UserError(f'{where}: prompt: names no field; write one as {{name}}')
     truncate = (task.truncate,) if task.truncate else ()

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dhrd_plugin.data.fields import find_id, is_there
 from dhrd_plugin.data.inspect import read_shards
 from dhrd_plugin.data.rows import (
     BOM,
@@ -20,7 +21,7 @@ from dhrd_plugin.data.rows import (
     raise_bad,
     read_rows,
 )
-from dhrd_plugin.data.tasks import Task, find_id, is_there
+from dhrd_plugin.data.tasks import Task
 from dhrd_plugin.data.triplet import BadRow, check_cuttable, check_text
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.files import temporary, write_bytes

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from dhrd_plugin.data.fields import identify, look_up
 from dhrd_plugin.data.rows import (
     MAX_ROW_BYTES,
     OnBad,
@@ -24,7 +25,7 @@ from dhrd_plugin.data.rows import (
     read_rows,
     source_file,
 )
-from dhrd_plugin.data.tasks import Task, identify, look_up
+from dhrd_plugin.data.tasks import Task
 from dhrd_plugin.data.triplet import (
     BadRow,
     Triplet,
