@@ -27,11 +27,11 @@ def tell(line: str) -> None:
     sys.stderr.flush()
 
 
-def nearest(name: object, names: Iterable[object], otherwise: str = 'expected one of') -> str:
-    """``did you mean ...?`` of the name nearest to ``name``, or ``otherwise`` and all names, to end a message."""
+def nearest(name: object, names: Iterable[object]) -> str:
+    """``did you mean ...?`` of the name nearest to ``name``, or ``expected one of`` and all names, to end a message."""
     known = [str(item) for item in names]
     close = difflib.get_close_matches(str(name), known, n=1)
-    return f'did you mean {close[0]!r}?' if close else f'{otherwise} {", ".join(known)}'
+    return f'did you mean {close[0]!r}?' if close else f'expected one of {", ".join(known)}'
 
 
 def one_line(text: object, limit: int = 300, kind: bool = False) -> str:
@@ -53,6 +53,16 @@ def error_code(error: Any) -> str:
     if isinstance(response, dict):
         return str(response.get('Error', {}).get('Code'))
     return str(getattr(error, 'status', ''))  # OCI's
+
+
+@contextmanager
+def about(where: str) -> Iterator[None]:
+    """Complaints inside begin with what they are about, such as a checkpoint or a key, unless they do already."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if message.startswith(where) else f'{where}: {message}') from error
 
 
 @contextmanager

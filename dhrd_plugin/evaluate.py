@@ -20,7 +20,7 @@ from dhrd_plugin.data.triplet import Triplet, counted_as
 from dhrd_plugin.data.triplets import read_triplets
 from dhrd_plugin.errors import UserError, tell, user_errors
 from dhrd_plugin.export.classify import logits_on_ranks
-from dhrd_plugin.export.load import Classifier, named, open_classifier, runtime_for
+from dhrd_plugin.export.load import Classifier, load_classifier, named, runtime_for
 from dhrd_plugin.metrics import build_metrics
 from dhrd_plugin.predict import add_speed
 from dhrd_plugin.problem_type import MULTI_LABEL, SINGLE_LABEL, decide, each_by_itself, to_probabilities
@@ -49,7 +49,7 @@ def report_on(
     """Evaluate a classifier on rows with labels, as ``dhrd evaluate`` does. Every rank has to call it.
 
     Args:
-        model: see :func:`~dhrd_plugin.export.load.open_classifier`.
+        model: see :func:`~dhrd_plugin.export.load.load_classifier`.
         data: where the rows are (:func:`read_data`); several places are read as one set (:func:`_as_one`).
         task: a shipped task or a template. Default: the one stored with the model.
         split: of a task's folder or a hub data set.
@@ -57,7 +57,7 @@ def report_on(
             report when all are finished; what else is there stays. Default: nothing is written.
         batch_size: see :func:`~dhrd_plugin.export.classify.predict`.
         precision: likewise. Default: ``'fp32'``.
-        runtime: see :func:`~dhrd_plugin.export.load.open_classifier`; ``'torch'`` where another precision is asked for.
+        runtime: see :func:`~dhrd_plugin.export.load.load_classifier`; ``'torch'`` where another precision is asked for.
         tell_report: gets the text of :func:`describe` before anything is written. Default: nobody does.
 
     Returns:
@@ -72,7 +72,7 @@ def report_on(
     ranks.initialize()
     if output:
         _check_output(output, {'the model': model, '--task': task, **{f'the data {place}': place for place in data}})
-    classifier = open_classifier(model, runtime_for(runtime, precision))
+    classifier = load_classifier(model, runtime_for(runtime, precision))
     spec = task or classifier.task
     if spec is None:
         raise UserError(f'--task: missing; {model} has none stored with it')
@@ -128,20 +128,13 @@ def read_data(place: str | Path, task: Task, split: str | None = None) -> list[T
     return list(read_triplets(str(place), task, split=split))
 
 
-def predict_rows(
-    classifier: Classifier, rows: Sequence[Triplet], task: Task, batch_size: int | None = None, precision: str = 'fp32'
-) -> Tensor:
-    """[N, K] probabilities of N rows, in the order of the task's labels; every rank calls it with the same rows."""
-    return to_probabilities(_logits_of(classifier, rows, task, batch_size, precision), task.multi_label)
-
-
 def _logits_of(
     classifier: Classifier, rows: Sequence[Triplet], task: Task, batch_size: int | None, precision: str
 ) -> Tensor:
     order = label_order(classifier.label_names, task.label_names)
     texts = [Text(f'row {row["id"]}', row['id'], row['input_text'], row.get('cuttable')) for row in rows]
     limit = classifier.max_seq_len
-    return logits_on_ranks(classifier.model, classifier.tokenizer, texts, batch_size, precision, limit)[:, order]
+    return logits_on_ranks(classifier.model, classifier.tokenizer, texts, batch_size, limit, precision)[:, order]
 
 
 def _check_kind(classifier: Classifier, task: Task, model: str | Path) -> None:
@@ -280,8 +273,8 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f'{name[: LONGEST_NAME - 1]}…'
 
 
-def _most_frequent(names: Sequence[str], counts: Sequence[int], most: int = 3) -> str:
-    best = sorted(zip(counts, names), key=lambda pair: -pair[0])[:most]
+def _most_frequent(names: Sequence[str], counts: Sequence[int]) -> str:
+    best = sorted(zip(counts, names), key=lambda pair: -pair[0])[:3]
     return ', '.join(f'{_short(name)} {count}' for count, name in best if count)
 
 

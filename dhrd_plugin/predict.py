@@ -18,7 +18,7 @@ from dhrd_plugin.data.tasks import Task
 from dhrd_plugin.data.texts import Text, check_arguments, read_lines, read_texts
 from dhrd_plugin.errors import UserError, tell, user_errors
 from dhrd_plugin.export.classify import PRECISIONS, logits_on_ranks
-from dhrd_plugin.export.load import RUNTIMES, Classifier, open_classifier, runtime_for
+from dhrd_plugin.export.load import RUNTIMES, Classifier, load_classifier, runtime_for
 from dhrd_plugin.problem_type import to_probabilities
 from dhrd_plugin.streams.remote import is_remote
 
@@ -70,7 +70,7 @@ def _predict(args: argparse.Namespace) -> None:
     check_arguments(args.texts, args.input)
     ranks.initialize()
     ranks.from_rank_zero(lambda: _check_output(args))
-    classifier = open_classifier(args.model, runtime_for(args.runtime, args.precision))
+    classifier = load_classifier(args.model, runtime_for(args.runtime, args.precision))
     texts = _read(args, classifier.template)  # which rank 0 alone goes through: stdin is one
     size = WINDOW * ranks.world_size()
     count = 0
@@ -100,7 +100,7 @@ def _read(args: argparse.Namespace, task: Task | None) -> Iterator[Text]:
 def _answers(classifier: Classifier, texts: list[Text], args: argparse.Namespace) -> list[dict[str, Any]]:
     """What is written of each text; every rank calls it with the same texts."""
     model, tokenizer, limit = classifier.model, classifier.tokenizer, classifier.max_seq_len
-    logits = logits_on_ranks(model, tokenizer, texts, args.batch_size, args.precision, limit)
+    logits = logits_on_ranks(model, tokenizer, texts, args.batch_size, limit, args.precision)
     found = to_probabilities(logits, classifier.multi_label)
     names = classifier.label_names
     labels = classifier.labels_of(found, args.abstain)

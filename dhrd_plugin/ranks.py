@@ -45,14 +45,17 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """The result of ``work``, and the ``UserError`` that it raised instead, to be told to the other ranks."""
+    try:
+        return work(), None
+    except UserError as error:
+        return None, str(error)
+
+
 def from_rank_zero(work: Callable[[], T]) -> T:
     """Rank 0's result of ``work``, which it alone does, or its ``UserError``, on every rank; every rank calls it."""
-    told: Any = None, None
-    if rank() == 0:
-        try:
-            told = work(), None
-        except UserError as error:
-            told = None, str(error)
+    told: Any = attempt(work) if rank() == 0 else None
     value, message = gather(told)[0]
     if message is not None:
         raise UserError(message)
@@ -78,13 +81,7 @@ def once_a_node(work: Callable[[], T]) -> T:
     from torch import distributed as dist
 
     initialized = maybe_init_dist()
-    outcome: tuple[T | None, str | None] | None = None
-    if get_local_rank() == 0:
-        try:
-            outcome = work(), None
-        except UserError as error:
-            outcome = None, str(error)
-    outcomes = all_gather_object(outcome)
+    outcomes = all_gather_object(attempt(work) if get_local_rank() == 0 else None)
     if initialized:
         dist.destroy_process_group()
     for result in outcomes:

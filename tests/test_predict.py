@@ -23,8 +23,7 @@ from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.texts import as_argument, read_lines, texts_of
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.evaluate import main as evaluate
-from dhrd_plugin.export.classify import predict
-from dhrd_plugin.export.load import RUNTIMES, open_classifier
+from dhrd_plugin.export.load import RUNTIMES
 from dhrd_plugin.export.write import write_slim
 from dhrd_plugin.predict import WINDOW, main
 
@@ -386,6 +385,5 @@ def test_rotary_positions_have_no_end(slim, capsys):
 
 
 def test_texts_are_named_by_their_number(slim):
-    found = open_classifier(slim)
     with pytest.raises(UserError, match=r'^text 2: found no token; expected text$'):
-        predict(found.model, found.tokenizer, ['w1', ' '])
+        load_classifier(slim).predict_proba([{'input_text': 'w1'}, {'input_text': ' '}])

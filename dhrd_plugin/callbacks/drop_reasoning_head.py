@@ -1,18 +1,16 @@
 """Export the slim classifier at the end of the fit, and at intervals on request."""
 
-import copy
 import logging
 import uuid
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer.algorithms import EMA, SWA
+from composer.algorithms import EMA
 from composer.callbacks import CheckpointSaver
-from composer.core import Algorithm, Callback, Event, State, Timestamp
+from composer.core import Callback, Event, State, Timestamp
 from composer.distributed.prepare_distributed import get_full_state_dict
 from composer.loggers import FileLogger, Logger, TensorboardLogger
 from composer.models import HuggingFaceModel
@@ -25,6 +23,7 @@ from torch.utils.data import DistributedSampler
 from torchmetrics import Metric
 
 from dhrd_plugin.calibration import calibrate as fit_calibration
+from dhrd_plugin.callbacks.evaluations import Evaluations, may_be_number
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.export.best import best_path, is_better, keep, read_kept
 from dhrd_plugin.export.int8 import ROWS, Row, rows_of
@@ -163,7 +162,7 @@ class DropReasoningHead(Callback):
         self.output_dir = str(output_dir)
         self.dtype = None if dtype is None else DTYPES[dtype]
         self.onnx = check_onnx('drop_reasoning_head.onnx', onnx)
-        self._measured: dict[str, int] = {}  # the batch of each evaluation set's metrics
+        self._evaluations = Evaluations()
         self._waits = False  # for Composer's last evaluation, before it exports
         self._due = None
         if every is not None:
@@ -198,7 +197,7 @@ class DropReasoningHead(Callback):
             self._label = next(iter(metrics))
         _check_name('dataloader_label', self._label, metrics, 'evaluation set')
         _check_name('monitor', self.monitor, metrics[self._label], f'metric of {self._label}')
-        if not _may_be_number(metrics[self._label][self.monitor]):
+        if not may_be_number(metrics[self._label][self.monitor]):
             raise UserError(self._no_number())
         if self._mode is None:
             higher = metrics[self._label][self.monitor].higher_is_better
@@ -225,8 +224,7 @@ class DropReasoningHead(Callback):
         for target in self._targets:
             if isinstance(target, RemoteTarget):
                 check_address(self._named(target.remote, state), 'drop_reasoning_head.remote')
-        now = int(state.timestamp.batch)  # of a fit before, whose time was reset, a batch says nothing
-        self._measured = {label: batch for label, batch in self._measured.items() if batch == now}
+        self._evaluations.fit_start(state, logger)
         if self._targets:
             on_rank_zero(lambda: [target.check() for target in self._targets] and None)
         if self.monitor:
@@ -249,9 +247,7 @@ class DropReasoningHead(Callback):
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Forget the evaluation of weights that an algorithm has just averaged."""
-        del logger
-        if any(map(_averages_epochs, state.algorithms)):
-            self._measured.clear()
+        self._evaluations.epoch_end(state, logger)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Export, to MLflow as well; where the best or the temperature is asked for, after the last evaluation."""
@@ -306,7 +302,7 @@ class DropReasoningHead(Callback):
 
         if self._best is not None:
             return on_rank_zero(write_best)
-        metrics, held_out = self._metrics_of_now(state), self._held_out_of_now(state)
+        metrics, held_out = self._evaluations.metrics(state), self._held_out_of_now(state)
         live = None if _is_sharded(state) else model.model
         with _averaged_weights(state):
             weights = _gather_network_state(state.model)
@@ -315,9 +311,9 @@ class DropReasoningHead(Callback):
 
     def _keep_if_best(self, state: State) -> None:
         """Keep the weights of now where an evaluation of them was better than all before; every rank calls it."""
-        if not self.monitor or self._label is None or not self._is_of_now(self._label, state):
+        if not self.monitor or self._label is None or not self._evaluations.is_of_now(self._label, state):
             return
-        metrics, held_out = self._metrics_of_now(state), self._held_out_of_now(state)
+        metrics, held_out = self._evaluations.metrics(state), self._held_out_of_now(state)
         value = metrics[self._label].get(self.monitor)
         if value is None:  # as only now could be seen
             raise UserError(self._no_number())
@@ -392,11 +388,8 @@ class DropReasoningHead(Callback):
                 found[f'the best weights of DropReasoningHead {number}'] = str(other._best_path(state))
         return found
 
-    def _metrics_of_now(self, state: State) -> dict[str, dict[str, float]]:
-        return {label: found for label, found in compute_metrics(state).items() if self._is_of_now(label, state)}
-
     def _held_out_of_now(self, state: State) -> HeldOut | None:
-        return self._held_out if self.calibrate and self._is_of_now(self.calibrate, state) else None
+        return self._held_out if self.calibrate and self._evaluations.is_of_now(self.calibrate, state) else None
 
     def eval_start(self, state: State, logger: Logger) -> None:
         """Forget the logits and rows of the evaluation before."""
@@ -427,14 +420,10 @@ class DropReasoningHead(Callback):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Note of which weights metrics and logits are: Composer's last evaluation may come after the fit's end."""
-        del logger
-        self._measured[str(state.dataloader_label)] = int(state.timestamp.batch)
+        self._evaluations.eval_end(state, logger)
         if self._is_calibrated_by(state):
             self._held_out = _held_out(self._logits, getattr(state.dataloader, 'sampler', None))
             self._logits = []
-
-    def _is_of_now(self, label: str, state: State) -> bool:
-        return self._measured.get(label) == int(state.timestamp.batch)
 
     @staticmethod
     def _named(name: str, state: State) -> str:
@@ -455,13 +444,6 @@ def _evaluates_yet(state: State) -> bool:
     schedules = [evaluator.eval_interval for evaluator in state.evaluators]
     composers = create_interval_scheduler.__module__
     return any(due(state, Event.FIT_END) for due in schedules if due and getattr(due, '__module__', '') == composers)
-
-
-def _averages_epochs(algorithm: Algorithm) -> bool:
-    """Whether the algorithm changes the weights, or those that are evaluated, at the end of an epoch."""
-    of_ema = isinstance(algorithm, EMA) and algorithm.update_event
-    of_swa = isinstance(algorithm, SWA) and algorithm.match_event
-    return Event.EPOCH_END in (of_ema, of_swa)
 
 
 def _held_out(parts: Sequence[HeldOut], sampler: Any) -> HeldOut | None:
@@ -498,38 +480,3 @@ def _written_by_trainer(state: State, logger: Logger) -> dict[str, str]:
         elif isinstance(part, TensorboardLogger) and part.log_dir:
             found["TensorBoard's log_dir"] = part.log_dir
     return {key: format_name_with_dist(name, state.run_name) for key, name in found.items()}
-
-
-def _number(metric: Metric) -> float | None:
-    """A metric's value; ``None`` of one that is several numbers, as a confusion matrix is, or a value of each class."""
-    value = metric.compute()
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor's
-        return None
-
-
-def _may_be_number(metric: Metric) -> bool:
-    """Whether a metric's value is one number, by what it gives of no rows; where it gives nothing, it may be."""
-    alone = copy.deepcopy(metric)
-    alone.distributed_available_fn = lambda: False  # this rank may be the only one that asks
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # that it has seen no rows
-        try:
-            return _number(alone) is not None
-        except Exception:
-            return True
-
-
-def compute_metrics(state: State) -> dict[str, dict[str, float]]:
-    """Compute the evaluators' metrics as they stand. Every rank has to call it.
-
-    Returns:
-        Values by evaluator's label and metric's name, of those metrics that are one number; empty before the first
-        evaluation.
-    """
-    return {
-        label: {name: value for name, metric in metrics.items() if (value := _number(metric)) is not None}
-        for label, metrics in state.eval_metrics.items()
-        if all(metric.update_called for metric in metrics.values())
-    }

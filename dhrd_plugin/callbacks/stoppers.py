@@ -18,7 +18,7 @@ class EarlyStopper(composer.callbacks.EarlyStopper):
     Composer's.
     """
 
-    _last: Timestamp | None = None  # of the evaluation that was compared last
+    _last = Timestamp()  # of the evaluation that was compared last
 
     def check_evaluations(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse an evaluation set, a metric or a unit that there is not, which Composer does later or never.
@@ -26,9 +26,9 @@ class EarlyStopper(composer.callbacks.EarlyStopper):
         Args:
             metrics: those of the run, by evaluation set and name; under ``train`` those of its training batches.
         """
-        if self.patience.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
+        if self.patience.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH) or self.patience.value < 0:
             found = self.patience.to_timestring()
-            raise UserError(f'early_stopper.patience: found {found}; expected epochs (ep) or batches (ba)')
+            raise UserError(f'early_stopper.patience: found {found}; expected epochs (ep) or batches (ba), 0 or more')
         _check_monitored(self, 'early_stopper', metrics)
 
     def _update_stopper_state(self, state: State) -> None:
@@ -38,22 +38,21 @@ class EarlyStopper(composer.callbacks.EarlyStopper):
     def after_load(self, state: State, logger: Logger) -> None:
         """Stop where the checkpoint's run had."""
         del logger
-        if self._last is None or self.best_occurred is None:
+        if self.best_occurred is None:
             return
         unit = TimeUnit.BATCH if self.patience.unit == TimeUnit.BATCH else TimeUnit.EPOCH
         if self._last.get(unit) - self.best_occurred.get(unit) > self.patience:
             state.stop_training()
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value and when it was, and when the last was."""
-        if self._last is None or self.best is None or self.best_occurred is None:
-            return {}
-        times = {'best_occurred': _plain(self.best_occurred), 'last': _plain(self._last)}
-        return {'best': self.best.detach().cpu(), **times}
+        """The best value and when it was, and when the last was; of what it is."""
+        best = torch.tensor(torch.nan) if self.best is None else self.best.detach().cpu()
+        times = {'best_occurred': self.best_occurred or Timestamp(), 'last': self._last}
+        return {**_monitored(self), 'best': best, **{name: _plain(time) for name, time in times.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Remember; a checkpoint of Composer's own has nothing."""
-        if state:
+        """Remember, if it is of the same metric."""
+        if state.items() >= _monitored(self).items() and not state['best'].isnan():
             self.best = state['best']
             self.best_occurred, self._last = (Timestamp(**state[name]) for name in ('best_occurred', 'last'))
 
@@ -64,7 +63,7 @@ class ThresholdStopper(composer.callbacks.ThresholdStopper):
     Arguments are Composer's.
     """
 
-    _last: torch.Tensor | None = None
+    _last = torch.tensor(torch.nan)  # none yet
 
     def check_evaluations(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse an evaluation set or a metric that there is not; see :meth:`EarlyStopper.check_evaluations`."""
@@ -75,7 +74,7 @@ class ThresholdStopper(composer.callbacks.ThresholdStopper):
         self._stop_if_reached(state)
 
     def _stop_if_reached(self, state: State) -> None:
-        if self._last is not None and self.comp_func(self._last, self.threshold):
+        if not self._last.isnan() and self.comp_func(self._last, self.threshold):
             state.stop_training()
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -84,12 +83,18 @@ class ThresholdStopper(composer.callbacks.ThresholdStopper):
         self._stop_if_reached(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """The value that was compared last."""
-        return {} if self._last is None else {'last': self._last}
+        """The value that was compared last, and of what it is."""
+        return {**_monitored(self), 'last': self._last.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Remember; a checkpoint of Composer's own has nothing."""
-        self._last = state.get('last')
+        """Remember, if it is of the same metric."""
+        if state.items() >= _monitored(self).items():
+            self._last = state['last']
+
+
+def _monitored(stopper: Any) -> dict[str, str]:
+    """What a stopper looks at. Shards are read by the keys that a run has, so its memory has always the same ones."""
+    return {'monitor': stopper.monitor, 'dataloader_label': stopper.dataloader_label}
 
 
 def _check_monitored(stopper: Any, key: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:

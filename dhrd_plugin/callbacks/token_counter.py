@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dhrd_plugin.models.composer_model import RETURN_REASONING_LOSS
 from dhrd_plugin.models.extent import Extent
-from dhrd_plugin.models.network import DualHeadNetwork, upto
+from dhrd_plugin.models.heads import upto
+from dhrd_plugin.models.network import DualHeadNetwork
 
 
 def count_padding(batch: Mapping[str, Any], network: DualHeadNetwork | None = None) -> Tensor:

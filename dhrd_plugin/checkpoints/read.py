@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.torch_version import TorchVersion
 
 from dhrd_plugin.checkpoints.whole import LATEST, ShardReader, find_flaw, is_packed, reading
-from dhrd_plugin.errors import UserError, one_line
+from dhrd_plugin.errors import UserError, about, one_line
 from dhrd_plugin.streams.remote import check_address, is_remote
 
 # What Composer stores besides tensors and plain data; none of it runs anything when it is loaded.
@@ -104,16 +104,6 @@ def _opened(checkpoint: str) -> Iterator[Path]:
                 raise
             except (Exception, CheckpointException) as error:  # damaged bytes make torch raise almost anything
                 raise UserError(f'cannot be read: {_refusal(error)}') from error
-
-
-@contextmanager
-def about(where: str) -> Iterator[None]:
-    """Complaints inside begin with what they are about, a checkpoint or a key."""
-    try:
-        yield
-    except UserError as error:
-        message = str(error)
-        raise UserError(message if message.startswith(where) else f'{where}: {message}') from error
 
 
 def _unpacked(path: Path, out: Path) -> Path:

@@ -3,6 +3,7 @@
 import shutil
 import signal
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist, ensure_tuple, get_save_filename
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
@@ -48,6 +50,7 @@ class SafeCheckpoints(Callback):
         self._previous: Any = None
         self._losses: Any = 0.0  # of a batch; on the device, where it is not waited for
         self._begun = 0  # the batch that the run began with, of which there is nothing to save
+        self._shift: Any = None  # of SAM in the batch before
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Listen for SIGTERM from here on."""
@@ -66,6 +69,8 @@ class SafeCheckpoints(Callback):
     def batch_start(self, state: State, logger: Logger) -> None:
         """Begin a batch."""
         self._losses = 0.0
+        shift = _sams_shift(state)
+        self._shift = shift if shift is None else weakref.ref(shift)
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Note a microbatch's loss."""
@@ -77,6 +82,9 @@ class SafeCheckpoints(Callback):
         if _on_any_rank(~torch.as_tensor(self._losses).isfinite(), state):
             found = f'loss: found one that is not finite in batch {int(state.timestamp.batch) + 1}'
             expected = 'expected a number (a lower learning rate, or gradient_clipping, may give one)'
+            if _sams_shift(state) is not (self._shift and self._shift()):  # a new one: this is the second pass
+                for optimizer in state.optimizers:
+                    optimizer.sub_e_w()  # pyright: ignore[reportAttributeAccessIssue]
             raise UserError(f'{found}; {expected}{self._save_all(state, logger)}')
 
     def _save_all(self, state: State, logger: Logger) -> str:
@@ -191,6 +199,12 @@ def _ctrl_c_waits() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if kept and callable(before):
         before(*kept[0])
+
+
+def _sams_shift(state: State) -> Tensor | None:
+    """What Composer's SAM added to a weight in its last first pass of a batch."""
+    entries = (entry for optimizer in state.optimizers for entry in optimizer.state.values())
+    return next((entry['e_w'] for entry in entries if 'e_w' in entry), None)
 
 
 def _savers(state: State) -> list[CheckpointSaver]:

@@ -52,18 +52,17 @@ def newest_checkpoint(save_folder: str, sharded: bool = False) -> str | None:
     return on_rank_zero(lambda: _newest(save_folder, sharded))
 
 
-def check_checkpoint(path: str, key: str = 'load_path') -> None:
+def check_checkpoint(path: str) -> None:
     """Refuse a checkpoint that is not whole. Every rank must call it; rank 0 reads.
 
     Args:
         path: a file, a folder of shards, or the address of either.
-        key: of the config, for the message.
     """
 
     def check() -> None:
         flaw = find_flaw(path)
         if flaw is not None:
-            raise UserError(f'{key}: {path}: {flaw}; expected a whole checkpoint of Composer')
+            raise UserError(f'load_path: {path}: {flaw}; expected a whole checkpoint of Composer')
 
     on_rank_zero(check)
 

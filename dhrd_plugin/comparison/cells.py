@@ -20,8 +20,7 @@ from transformers.utils import logging
 from dhrd_plugin import ranks
 from dhrd_plugin.checkpoints.lock import LOCK, held
 from dhrd_plugin.cli import Parser, number, run
-from dhrd_plugin.comparison import write_report
-from dhrd_plugin.comparison.page import check_extra
+from dhrd_plugin.comparison.page import check_extra, write_report
 from dhrd_plugin.comparison.plan import (
     EXPORT,
     Cell,

@@ -28,8 +28,8 @@ def write_report(folder: Path) -> list[Path]:
 
     folder = Path(folder)
     report = build_report(read_results(folder))
-    pictures = {f'{chart.name}.png': chart.png for section in report.sections for chart in section.charts}
-    files = {'report.html': html(report).encode(), 'report.md': markdown(report).encode(), **pictures}
+    pngs = {f'{chart.name}.png': chart.png for section in report.sections for chart in section.charts}
+    files = {'report.html': html(report).encode(), 'report.md': markdown(report).encode(), **pngs}
     for name in reversed(files):  # the pictures first: the pages show them
         write_bytes(folder / name, files[name])
     return [folder / name for name in files]

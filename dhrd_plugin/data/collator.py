@@ -4,7 +4,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.models.extent import Span
 from dhrd_plugin.models.verbalizer import spoken
 
-LAYOUTS = ('reason_first', 'label_first')
-REASONING_TARGETS = ('sequence', 'rationale')
-WEIGHTS = ('both', 'reasoning')
+Layout = Literal['reason_first', 'label_first']
+ReasoningTargets = Literal['sequence', 'rationale']
+Weights = Literal['both', 'reasoning']
 T = TypeVar('T')
 
 
@@ -114,12 +114,14 @@ class TripletCollator:
         rationale_max_tokens: int | None = None,
         multi_label: bool = False,
     ):
-        if reasoning_targets not in REASONING_TARGETS:
-            raise UserError(f'reasoning_targets: found {reasoning_targets!r}; expected one of {REASONING_TARGETS}')
-        if weights is not None and weights not in WEIGHTS:
-            raise UserError(f'weights: found {weights!r}; expected one of {WEIGHTS}')
-        if layout not in LAYOUTS:
-            raise UserError(f'layout: found {layout!r}; expected one of {LAYOUTS}')
+        if reasoning_targets not in get_args(ReasoningTargets):
+            raise UserError(
+                f'reasoning_targets: found {reasoning_targets!r}; expected one of {get_args(ReasoningTargets)}'
+            )
+        if weights is not None and weights not in get_args(Weights):
+            raise UserError(f'weights: found {weights!r}; expected one of {get_args(Weights)}')
+        if layout not in get_args(Layout):
+            raise UserError(f'layout: found {layout!r}; expected one of {get_args(Layout)}')
         if rationale_max_tokens is not None and rationale_max_tokens < 1:
             raise UserError(f'rationale_max_tokens: found {rationale_max_tokens}; expected a number of 1 or more')
         if tokenizer.pad_token_id is None:

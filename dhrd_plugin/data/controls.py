@@ -2,11 +2,14 @@
 
 import random
 from collections.abc import Iterable, Iterator
+from typing import Literal, get_args
 
 from dhrd_plugin.data.triplet import Triplet, rationales_of
 from dhrd_plugin.errors import UserError, nearest
 
-CONTROLS = ('ConsistentReasoningLabel', 'OnlyLabel', 'ShuffleReasoning', 'ShuffleReasoningLabel', 'ShuffleTokens')
+Control = Literal['ConsistentReasoningLabel', 'OnlyLabel', 'ShuffleReasoning', 'ShuffleReasoningLabel', 'ShuffleTokens']
+CONTROLS = get_args(Control)
+PLAIN: Control = 'ConsistentReasoningLabel'  # the triplets as they are
 
 
 def apply_control(triplets: Iterable[Triplet], control: str, seed: int = 17) -> Iterator[Triplet]:
@@ -34,7 +37,7 @@ def apply_control(triplets: Iterable[Triplet], control: str, seed: int = 17) -> 
     """
     if control not in CONTROLS:
         raise UserError(f'control: unknown {control!r}; {nearest(control, CONTROLS)}')
-    if control == 'ConsistentReasoningLabel':
+    if control == PLAIN:
         yield from triplets
     elif control == 'OnlyLabel':
         for triplet in triplets:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dhrd_plugin import files
 from dhrd_plugin.cli import Parser, number, run
-from dhrd_plugin.data.controls import CONTROLS, apply_control
+from dhrd_plugin.data.controls import CONTROLS, PLAIN, apply_control
 from dhrd_plugin.data.labels import task_of_rows, with_labels
 from dhrd_plugin.data.lengths import describe, load_collator, merge, summarise, survey
 from dhrd_plugin.data.rows import MAX_ROW_BYTES, SPLITS, OnBad, Row, in_memory, name_classes, raise_bad, splits_in
@@ -23,8 +23,6 @@ from dhrd_plugin.data.triplets import read_triplets, triplets_of
 from dhrd_plugin.errors import UserError, tell, user_errors
 from dhrd_plugin.streams.publish import check_free, publish, staged
 from dhrd_plugin.streams.remote import is_remote, join
-
-PLAIN = CONTROLS[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

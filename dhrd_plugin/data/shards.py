@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dhrd_plugin import files
-from dhrd_plugin.data.controls import apply_control
+from dhrd_plugin.data.controls import PLAIN, apply_control
 from dhrd_plugin.data.rows import MAX_ROW_BYTES, read_hub, source_file
 from dhrd_plugin.data.tasks import Task
 from dhrd_plugin.data.triplet import (
@@ -38,7 +38,7 @@ from dhrd_plugin.data.triplet import (
     spell,
 )
 from dhrd_plugin.data.triplets import distinct, read_triplets
-from dhrd_plugin.errors import UserError, nearest, user_errors
+from dhrd_plugin.errors import UserError, nearest
 from dhrd_plugin.problem_type import MULTI_LABEL
 from dhrd_plugin.ranks import end_with_parent
 from dhrd_plugin.streams.index import INDEX, SUMMARY
@@ -156,7 +156,7 @@ def cached_shards(
     split: str | None = None,
     labelled: bool = True,
     *,
-    control: str = 'ConsistentReasoningLabel',
+    control: str = PLAIN,
     seed: int = 17,
     cache_dir: str | Path | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
@@ -191,18 +191,6 @@ def cached_shards(
             if not is_whole(folder):
                 publish(temporary, folder, half=True)
     return folder
-
-
-def read_summary(folder: str | Path) -> dict[str, Any] | None:
-    """What ``triplets.json`` says of the shard set in a folder; None where there is none.
-
-    It is told, never believed: nothing in it is joined to a path, and what reads shards goes by the index.
-    """
-    path = Path(folder) / SUMMARY
-    if not path.is_file():
-        return None
-    with user_errors(f'{path}: is not the summary of a shard set', kind=True):
-        return dict(**json.loads(path.read_bytes()))
 
 
 def check_triplet(row: Mapping[str, Any], task: Task | None = None, labelled: bool = True) -> Triplet:

@@ -12,55 +12,42 @@ from dhrd_plugin import ranks
 from dhrd_plugin.data.texts import Text
 from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError, user_errors
-from dhrd_plugin.problem_type import is_multi_label, to_probabilities
 
 # The fixed cost of a small LM's forward pass on a CPU, in tokens. A GPU waits for its launches instead.
 CPU_PADDING = 64
 PRECISIONS = ('fp32', 'amp_bf16')
 
 
-def predict(
+@torch.inference_mode()
+def logits_of_texts(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str],
-    batch_size: int | None = None,
-    places: Sequence[str] | None = None,
+    texts: Sequence[Text],
+    batch_size: int | None,
+    limit: int | None,
     precision: str = 'fp32',
 ) -> Tensor:
-    """Compute class probabilities, in the order of the texts; batched by length, so that there is little padding.
+    """Compute the logits of texts, in their order; batched by length, so that there is little padding.
 
     Args:
         model: of a :class:`~dhrd_plugin.export.load.Classifier`.
         tokenizer: likewise.
-        texts: N input texts.
-        batch_size: rows to a forward pass, at most; fewer on a CPU where that saves padding. Default: 32, on a GPU 256.
-        places: where each text stands, for errors. Default: its number, from 1.
+        texts: N input texts, which know where they stand.
+        batch_size: rows to a forward pass, at most; fewer on a CPU where that saves padding. None: 32, on a GPU 256.
+        limit: of a text with more tokens what may be cut is cut (:func:`~dhrd_plugin.data.truncate.fit`). None: never.
         precision: ``'fp32'``, that of the weights, or ``'amp_bf16'``, autocast as in training on a GPU. Default:
             ``'fp32'``.
 
     Returns:
-        [N, K] probabilities, fp32; of a multi-label classifier each class has its own.
+        [N, K] logits, fp32.
 
     Raises:
         UserError: a text of no token, or of more than the model has positions for, before any is classified; a model
             that cannot be run on them, or whose logits are not finite.
     """
-    logits = _logits(model, tokenizer, texts, batch_size, places, precision)
-    return to_probabilities(logits, is_multi_label(model.config))
-
-
-@torch.inference_mode()
-def _logits(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    batch_size: int | None,
-    places: Sequence[str] | None,
-    precision: str,
-) -> Tensor:
-    """[N, K] logits, fp32; arguments of :func:`predict`."""
-    encoded = tokenizer(list(texts), verbose=False)['input_ids'] if texts else []
-    _check_lengths(model, [len(ids) for ids in encoded], places or [f'text {i}' for i in range(1, len(texts) + 1)])
+    cut = [fit(tokenizer, text.text, text.cuttable, limit) for text in texts]
+    encoded = tokenizer(cut, verbose=False)['input_ids'] if cut else []
+    _check_lengths(model, [len(ids) for ids in encoded], [text.where for text in texts])
     device = model.device.type
     size, padding = (32, CPU_PADDING) if device == 'cpu' else (256, math.inf)
     order, found = [], []
@@ -81,29 +68,8 @@ def _logits(
     return logits
 
 
-def logits_of_texts(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[Text],
-    batch_size: int | None = None,
-    precision: str = 'fp32',
-    limit: int | None = None,
-) -> Tensor:
-    """[N, K] logits, fp32, of N texts that know where they stand; for the other arguments see :func:`predict`.
-
-    Of one with more than ``limit`` tokens what may be cut is cut (:func:`~dhrd_plugin.data.truncate.fit`).
-    """
-    cut = [fit(tokenizer, text.text, text.cuttable, limit) for text in texts]
-    return _logits(model, tokenizer, cut, batch_size, [text.where for text in texts], precision)
-
-
 def logits_on_ranks(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[Text],
-    batch_size: int | None = None,
-    precision: str = 'fp32',
-    limit: int | None = None,
+    model: Any, tokenizer: Any, texts: Sequence[Text], batch_size: int | None, limit: int | None, precision: str
 ) -> Tensor:
     """:func:`logits_of_texts` of the same N texts on every rank, which all have to call it; rank i % n has text i.
 
@@ -112,15 +78,11 @@ def logits_on_ranks(
     """
     step = ranks.world_size()
     mine = texts[ranks.rank() :: step]
-    found: Tensor | str
-    try:
-        found = logits_of_texts(model, tokenizer, mine, batch_size, precision, limit)
-    except UserError as error:  # told by all ranks: none waits for one that has gone
-        found = str(error)
+    found = ranks.attempt(lambda: logits_of_texts(model, tokenizer, mine, batch_size, limit, precision))
     logits = torch.zeros(len(texts), model.config.num_labels)
-    for index, part in enumerate(ranks.gather(found)):
-        if isinstance(part, str):
-            raise UserError(part)
+    for index, (part, message) in enumerate(ranks.gather(found)):
+        if message is not None:  # told by all ranks: none waits for one that has gone
+            raise UserError(message)
         logits[index::step] = part
     return logits
 

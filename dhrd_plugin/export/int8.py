@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.export.onnx import OnnxClassifier
 from dhrd_plugin.losses import IGNORE_INDEX
+from dhrd_plugin.models.heads import upto
 from dhrd_plugin.problem_type import decide, is_known, is_multi_label, to_probabilities
 
 NAME = 'model-int8.onnx'
@@ -79,7 +80,7 @@ def rows_of(batch: Mapping[str, Any]) -> list[Row]:
     """The inputs of a batch of an evaluation, without padding and reasoning, and their classes."""
     mask = batch['attention_mask'].bool()
     if 'pool_index' in batch:
-        mask = mask & (torch.arange(mask.shape[1], device=mask.device) <= batch['pool_index'][:, None])
+        mask = mask & upto(mask, batch['pool_index'])
     return [
         (ids[seen].cpu(), torch.as_tensor(label).cpu())
         for ids, seen, label in zip(batch['input_ids'], mask, batch['labels'], strict=True)

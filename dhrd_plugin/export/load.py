@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.data.texts import texts_of
-from dhrd_plugin.errors import UserError, one_line, user_errors
+from dhrd_plugin.errors import UserError, about, one_line, user_errors
 from dhrd_plugin.export.classify import logits_of_texts
 from dhrd_plugin.export.int8 import NAME as INT8
 from dhrd_plugin.export.onnx import NAME, OnnxClassifier
@@ -72,7 +72,7 @@ class Classifier:
             UserError: a text or row cannot be classified; it is named by its number, from 1.
         """
         found = texts_of(texts, self.template)
-        logits = logits_of_texts(self.model, self.tokenizer, found, batch_size, limit=self.max_seq_len)
+        logits = logits_of_texts(self.model, self.tokenizer, found, batch_size, self.max_seq_len)
         return to_probabilities(logits, self.multi_label)
 
     def predict(self, texts: Any, abstain: float | None = None, batch_size: int | None = None) -> list[Any]:
@@ -97,11 +97,11 @@ def named(found: Tensor, names: Sequence[str]) -> list[Any]:
 
 
 def runtime_for(runtime: str | None, precision: str) -> str | None:
-    """The ``runtime`` of :func:`open_classifier` where nobody named one: ONNX Runtime computes in fp32 alone."""
+    """The ``runtime`` of :func:`load_classifier` where nobody named one: ONNX Runtime computes in fp32 alone."""
     return runtime or (None if precision == 'fp32' else 'torch')
 
 
-def open_classifier(place: str | Path, runtime: str | None = None) -> Classifier:
+def load_classifier(place: str | Path, runtime: str | None = None) -> Classifier:
     """Open a slim export, another Hugging Face classifier, an ONNX file, or a Composer checkpoint.
 
     Nothing that lies there is run as code.
@@ -179,15 +179,10 @@ def _from_folder(folder: Path, place: str | Path, runtime: str | None = None, on
         raise UserError(
             f'{place}: config.json: id2label: found {one_line(names)}; expected a name for each class, from 0'
         )
-    _check_template(stored.get('task'), place)
-    return Classifier(model, tokenizer, labels, stored.get('task'), stored.get('max_seq_len'), temperature)
-
-
-def _check_template(task: Mapping[str, Any] | None, place: str | Path) -> None:
-    try:
-        None if task is None else load_task(task)
-    except UserError as error:
-        raise UserError(f'{place}: config.json: {error}') from None
+    if (task := stored.get('task')) is not None:
+        with about(f'{place}: config.json'):
+            load_task(task)
+    return Classifier(model, tokenizer, labels, task, stored.get('max_seq_len'), temperature)
 
 
 def _device() -> torch.device:
@@ -198,6 +193,3 @@ def _device() -> torch.device:
 
 def _are_texts(labels: Sequence[Any]) -> bool:
     return all(isinstance(label, str) for label in labels)
-
-
-load_classifier = open_classifier  # the package's name for it

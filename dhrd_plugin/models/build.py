@@ -213,12 +213,6 @@ def rebuild(metadata: Mapping[str, Any]) -> DualHeadNetwork:
     return network
 
 
-def freeze(module: nn.Module) -> None:
-    """Train nothing of a module."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-
-
 def is_sequence_classifier(inner: nn.Module) -> bool:
     """Whether this is the ``...ForSequenceClassification`` that Hugging Face has for its config, or a subclass."""
     config = getattr(inner, 'config', None)

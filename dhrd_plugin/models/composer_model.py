@@ -123,7 +123,7 @@ class ComposerDualHeadClassifier(HuggingFaceModel):
 
     def eval_forward(self, batch: Mapping[str, Any], outputs: DualHeadOutput | None = None) -> Tensor:  # pyright: ignore
         """Compute [B, K] logits without reading the rationale."""
-        if outputs is None:
+        if not isinstance(outputs, DualHeadOutput):  # None, or what Composer's FreeOutputs leaves
             outputs = self.forward({k: v for k, v in batch.items() if k != RETURN_REASONING_LOSS})
         assert outputs.logits is not None
         return outputs.logits

@@ -1,13 +1,14 @@
 """The way from token ids to class logits. This file travels with an exported classifier: only torch here."""
 
 import inspect
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 HEADS = ('mlp', 'linear')
-POOLINGS = ('last', 'mean')
+Pooling = Literal['last', 'mean']
+POOLINGS = get_args(Pooling)
 
 
 def decoder_inputs(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
@@ -46,6 +47,11 @@ def last_real_index(attention_mask: Tensor) -> Tensor:
     return (attention_mask * columns).argmax(-1)
 
 
+def upto(attention_mask: Tensor, pool_index: Tensor) -> Tensor:
+    """Make a mask [B, S], bool, ``True`` up to and including ``pool_index`` [B]."""
+    return torch.arange(attention_mask.shape[1], device=attention_mask.device) <= pool_index[:, None]
+
+
 def pool(hidden: Tensor, attention_mask: Tensor, pool_index: Tensor, pooling: str) -> Tensor:
     """Reduce the hidden states of the input span to one vector.
 
@@ -60,9 +66,8 @@ def pool(hidden: Tensor, attention_mask: Tensor, pool_index: Tensor, pooling: st
     """
     if pooling == 'last':
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), pool_index]
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
     # Selected, not multiplied: a rationale's state must not reach the sum even as 0 * inf.
-    span = (attention_mask.bool() & (columns <= pool_index[:, None]))[..., None]
+    span = (attention_mask.bool() & upto(attention_mask, pool_index))[..., None]
     return torch.where(span, hidden, 0).sum(1) / span.sum(1)
 
 

@@ -13,7 +13,7 @@ from dhrd_plugin.errors import UserError
 from dhrd_plugin.losses import chunked_lm_loss
 from dhrd_plugin.models import padding_free as unpadded
 from dhrd_plugin.models.extent import Extent, Span
-from dhrd_plugin.models.heads import POOLINGS, ClassificationHead, last_hidden_state, last_real_index, pool
+from dhrd_plugin.models.heads import POOLINGS, ClassificationHead, last_hidden_state, last_real_index, pool, upto
 from dhrd_plugin.models.probe import check_decoder, check_rope, decoder_of, left_padding, text_lm
 from dhrd_plugin.models.verbalizer import begin_as_answers
 
@@ -222,8 +222,3 @@ def check_pool_index(reasoning_labels: Tensor | None) -> None:
         raise UserError(
             'pool_index: missing beside reasoning_labels; expected [B], the position of the last token of each input'
         )
-
-
-def upto(attention_mask: Tensor, pool_index: Tensor) -> Tensor:
-    """Make a mask [B, S], bool, ``True`` up to and including ``pool_index`` [B]."""
-    return torch.arange(attention_mask.shape[1], device=attention_mask.device) <= pool_index[:, None]

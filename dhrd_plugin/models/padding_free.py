@@ -216,11 +216,11 @@ def last_hidden_state(
     extent = extent or Extent.read(attention_mask)
     offsets = nn.functional.pad(attention_mask.sum(1).cumsum(0), (1, 0)).int()
     flat = torch.nonzero_static(attention_mask.flatten(), size=extent.tokens).squeeze(1)
-    positions = (attention_mask.cumsum(-1) - 1).flatten()[flat]
+    position_ids = heads.positions(attention_mask).flatten()[flat]
     hidden = backbone(
         input_ids=input_ids.flatten()[flat][None],
         attention_mask=offsets.expand(1, 1, extent.longest, -1),  # a mask's shape, in which the host reads the longest
-        position_ids=positions[None],
+        position_ids=position_ids[None],
         use_cache=False,
     )[0][0]
     states = hidden.new_zeros(attention_mask.numel(), hidden.shape[-1]).index_copy(0, flat, hidden)

@@ -19,8 +19,8 @@ from dhrd_plugin.losses import chunked_lm_loss
 from dhrd_plugin.models.build import build_causal_lm, is_sequence_classifier
 from dhrd_plugin.models.composer_model import RETURN_REASONING_LOSS, ComposerDualHeadClassifier
 from dhrd_plugin.models.extent import Extent
-from dhrd_plugin.models.heads import decoder_inputs
-from dhrd_plugin.models.network import DualHeadNetwork, check_pool_index, upto
+from dhrd_plugin.models.heads import decoder_inputs, upto
+from dhrd_plugin.models.network import DualHeadNetwork, check_pool_index
 from dhrd_plugin.models.probe import check_classifier, check_decoder, check_rope, decoder_of, left_padding, pads_left
 from dhrd_plugin.models.verbalizer import begin_as_answers
 from dhrd_plugin.models.versions import pad_token_of

@@ -1,8 +1,8 @@
 """One shard set, here or in object storage, whose files are checked before a row of them is read."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from streaming.base.format import FileInfo, Reader, reader_from_json
 from streaming.base.world import World
 
 from dhrd_plugin import files
-from dhrd_plugin.errors import UserError, nearest, user_errors
+from dhrd_plugin.errors import UserError, about, nearest, user_errors
 from dhrd_plugin.ranks import once_a_node
 from dhrd_plugin.streams import cache
 from dhrd_plugin.streams.index import (
@@ -81,13 +81,9 @@ class TripletStream(Stream):
             **weights,
         )
 
-    @contextmanager
-    def blames(self, name: str) -> Iterator[None]:
-        """Begin a ``UserError`` with the key ``name`` of this stream."""
-        try:
-            yield
-        except UserError as error:
-            raise UserError(f'{self.key}.{name}: {error}' if self.key else str(error)) from None
+    def names(self, option: str) -> str:
+        """What begins a complaint of an option of this stream: its key; nothing where the stream has none."""
+        return f'{self.key}.{option}' if self.key else ''
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         """The readers of the shards, from the index in ``local``; Streaming's own would believe whatever stands there.
@@ -108,7 +104,7 @@ class TripletStream(Stream):
             path = self._path(raw)
             if not path.is_file():
                 continue  # checked when it is downloaded
-            with self.blames('local'):
+            with about(self.names('local')):
                 try:
                     check_bytes(path.read_bytes(), vars(raw), path.resolve())
                 except UserError as error:
@@ -128,7 +124,7 @@ class TripletStream(Stream):
         if raw.is_file():
             return 0
         added = raw_info.bytes
-        with self.blames('remote' if self.remote else 'local'), user_errors(raw, OSError):
+        with about(self.names('remote' if self.remote else 'local')), user_errors(raw, OSError):
             data, source = self._read(stored)
             if zip_info:
                 if self.safe_keep_zip and source != self._path(stored):
@@ -167,14 +163,14 @@ def _find(
 ) -> str:
     """A link to the folder of the set, which has its index; made by one rank of a node."""
     where = str(join(stream.place, split, INDEX))
-    with stream.blames('remote' if place else 'local'):
+    with about(stream.names('remote' if place else 'local')):
         index = read(where, **(stream.downloads if place else {}))
         if index is None:
             raise UserError(f'{join(stream.place, split)}: has no {INDEX}, so it is not a finished shard set')
         entries = parse_index(index, where)
         check_columns(entries, stream.place)
         _check_hashes(entries, where, wanted)
-    with stream.blames('local' if local else 'remote'):
+    with about(stream.names('local' if local else 'remote')):
         folder = Path(local).expanduser() if local else cache.default_folder(place or '', index, cache_dir)
         check_inside(folder / split, names_in(entries))
         if place is None:

@@ -16,6 +16,7 @@ from composer.utils import create_interval_scheduler, dist, format_name_with_dis
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dhrd_plugin.callbacks.evaluations import Evaluations
 from dhrd_plugin.checkpoints.resume import restore
 from dhrd_plugin.checkpoints.saver import SafeCheckpoints
 from dhrd_plugin.data.collator import TripletCollator
@@ -26,7 +27,7 @@ from dhrd_plugin.data.tasks import Task, load_task, with_found_labels
 from dhrd_plugin.data.triplet import classes_of, counted_as
 from dhrd_plugin.errors import UserError, user_errors
 from dhrd_plugin.metrics import build_metrics
-from dhrd_plugin.models.build import add_lora, build_causal_lm, build_tokenizer, freeze
+from dhrd_plugin.models.build import add_lora, build_causal_lm, build_tokenizer
 from dhrd_plugin.models.composer_model import ComposerDualHeadClassifier
 from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.models.probe import check_rope
@@ -332,7 +333,7 @@ def build_model(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) 
         check_one_label(task)
         network.begin_as_answers(tokenizer, list(task.answers.values()), 'model.head: verbalizer')
     if settings.freeze_backbone:
-        freeze(network.causal_lm)
+        network.causal_lm.requires_grad_(False)
     if settings.lora is not None:
         check_layers(settings.lora, causal_lm)
         add_lora(network, used(dataclasses.asdict(settings.lora)))
@@ -376,6 +377,7 @@ def build_trainer(
     if config.compile_config is not None:
         model.network.compile_blocks(**config.compile_config)
     announce = [AnnounceExport(display)] if 'drop_reasoning_head' in used(config.callbacks) else []
+    callbacks = [counter, Evaluations(), *announce, *registry.build_parts('callbacks', used(config.callbacks))]
     trainer = Trainer(
         model=model,
         train_dataloader=train_loader,
@@ -385,7 +387,7 @@ def build_trainer(
         if config.scheduler is None
         else registry.build_named('scheduler', config.scheduler, 'scheduler'),
         algorithms=registry.build_parts('algorithms', used(config.algorithms)),
-        callbacks=[counter, *announce, *registry.build_parts('callbacks', used(config.callbacks)), SafeCheckpoints()],
+        callbacks=[*callbacks, SafeCheckpoints()],
         loggers=[*loggers, display],
         max_duration=config.max_duration,
         eval_interval=config.eval_interval,

@@ -12,10 +12,11 @@ from composer.utils import dist
 
 from dhrd_plugin.arguments import check_arguments
 from dhrd_plugin.callbacks.gradient_comparison import NO_COMPILE, NO_FSDP
+from dhrd_plugin.data.controls import PLAIN
 from dhrd_plugin.data.rows import find_source
 from dhrd_plugin.data.tasks import Task, load_task
 from dhrd_plugin.errors import UserError, user_errors
-from dhrd_plugin.metrics import build_metrics
+from dhrd_plugin.metrics import ExactMatch, build_metrics
 from dhrd_plugin.streams.remote import is_remote
 from dhrd_plugin.streams.settings import check_settings
 from dhrd_plugin.times import parse_time
@@ -48,14 +49,32 @@ def check_limits(config: Config) -> None:
         for key, reason in {'fsdp_config': NO_FSDP, 'compile_config': NO_COMPILE}.items():
             if getattr(config, key) is not None:
                 raise UserError(f'callbacks.gradient_comparison: found with {key}: {reason}')
+    check_saved(config)
     check_parts(config)
     check_chosen(config, load_task(config.task))
+
+
+def check_saved(config: Config) -> None:
+    """Refuse checkpoints that nobody could go on from."""
     folder = config.save_folder
     if config.save_num_checkpoints_to_keep == 0 and folder and not is_remote(folder):
         raise UserError('save_num_checkpoints_to_keep: found 0, which keeps none; expected 1 or more, or -1 for all')
-    if config.autoresume and config.save_folder is None:
+    if config.autoresume and folder is None:
         raise UserError(
             'autoresume: found without save_folder; expected a folder, or an address such as s3://bucket/rte'
+        )
+    algorithms = used(config.algorithms)
+    if 'layer_freezing' in algorithms and folder:
+        raise UserError(
+            'algorithms.layer_freezing: found with save_folder: the optimizer of a frozen layer cannot be saved; '
+            'expected save_folder=null'
+        )
+    resumed = config.autoresume or (config.load_path and not config.load_weights_only)
+    if 'sam' in algorithms and resumed:
+        key = 'autoresume' if config.autoresume else 'load_path'
+        raise UserError(
+            f'algorithms.sam: found with {key}: its checkpoints lack the state of the optimizer inside it; expected '
+            f'{"autoresume=false" if config.autoresume else "load_weights_only=true beside it"}'
         )
 
 
@@ -80,10 +99,11 @@ def check_chosen(config: Config, task: Task) -> None:
     count = len(task.label_names) or 2  # of a task whose labels are yet to be found; here names alone count
     metrics = {type(metric).__name__: metric for metric in build_metrics(task.metrics, count, task.multi_label)}
     evaluated = dict.fromkeys(used(config.eval_loaders), metrics)
+    trained = {name: metric for name, metric in metrics.items() if not isinstance(metric, ExactMatch)}
     never = not parse_time(config.eval_interval, 'eval_interval').value
     for name, part in zip(given, registry.build_parts('callbacks', given)):
         stops = name in stoppers
-        part.check_evaluations({**evaluated, 'train': metrics} if stops else evaluated)
+        part.check_evaluations({**evaluated, 'train': trained} if stops else evaluated)
         asked = [key for key in ('monitor', 'calibrate') if getattr(part, key, None)]
         needed = not stops or part.dataloader_label != 'train'  # the metrics of training batches are always there
         if asked and needed and never:
@@ -166,7 +186,7 @@ def check_loader(key: str, loader: LoaderConfig) -> None:
             raise UserError(f'{key}.{name}: no such file: {path}')
     if loader.rationales and not loader.source:
         raise UserError(f'{key}.rationales: found without source; shards hold their rationales already')
-    if loader.control != 'ConsistentReasoningLabel' and not loader.source:
+    if loader.control != PLAIN and not loader.source:
         raise UserError(f'{key}.control: found with shards; expected source, or shards prepared with --control')
     if loader.weights and key != 'train_loader':
         raise UserError(f'{key}.weights: found {loader.weights!r}; only train_loader has weights, evaluation none')

@@ -16,16 +16,17 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from dhrd_plugin.arguments import check_numbers, within
-from dhrd_plugin.data.collator import Markers
+from dhrd_plugin.data.collator import Layout, Markers, ReasoningTargets, Weights
+from dhrd_plugin.data.controls import PLAIN, Control
 from dhrd_plugin.errors import UserError, nearest, user_errors
 from dhrd_plugin.models.build import PAPER_LORA
+from dhrd_plugin.models.heads import Pooling
 from dhrd_plugin.redact import without_secrets
 from dhrd_plugin.times import parse_interval, parse_time
 from dhrd_plugin.training import registry
 
 PACKAGE = Path(__file__).parents[1]
 LARGEST_SEED = 2**32 - 1  # NumPy's
-Control = Literal['ConsistentReasoningLabel', 'OnlyLabel', 'ShuffleReasoning', 'ShuffleReasoningLabel', 'ShuffleTokens']
 
 
 @dataclass(slots=True)  # a wrong name is an error, also where it is set
@@ -49,10 +50,10 @@ class ModelConfig:
     trust_remote_code: bool = False
     attn_implementation: str | None = None
     head: Literal['mlp', 'linear', 'verbalizer'] = 'mlp'
-    pooling: Literal['last', 'mean'] = 'last'
+    pooling: Pooling = 'last'
     classifier_dropout: float = field(default=0.0, metadata=within(0, 1, below=True))
     classifier_norm: bool = False  # of an mlp, before its first layer (ours)
-    reasoning_targets: Literal['sequence', 'rationale'] = 'sequence'
+    reasoning_targets: ReasoningTargets = 'sequence'
     chunk_size: int | None = field(default=None, metadata=within(1))
     padding_free: bool = False  # the real tokens of a microbatch as one sequence
     lora: LoraConfig | None = None
@@ -77,9 +78,9 @@ class LoaderConfig:
     source: str | None = None
     split: str | None = None
     rationales: str | None = None
-    control: Control = 'ConsistentReasoningLabel'
+    control: Control = PLAIN
     control_seed: int = field(default=17, metadata=within(0))
-    weights: Literal['both', 'reasoning'] | None = None  # the losses in which a row's weight counts (ours)
+    weights: Weights | None = None  # the losses in which a row's weight counts (ours)
     cache_dir: str | None = None
     local: str | None = None
     remote: str | None = None
@@ -94,7 +95,7 @@ class LoaderConfig:
 class TrainLoaderConfig(LoaderConfig):
     """The loader that reads rationales."""
 
-    layout: Literal['reason_first', 'label_first'] = 'reason_first'
+    layout: Layout = 'reason_first'
     rationale_max_tokens: int | None = field(default=None, metadata=within(1))
 
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from composer.core import Callback, Event, State, Time, Timestamp, TimeUnit
 from composer.loggers import Logger, LoggerDestination
@@ -45,13 +45,12 @@ class Display(LoggerDestination):
         mode: ``'bars'``; ``'lines'``, one at each interval, at the end of training and of each evaluation; or
             ``None``, which shows nothing.
         interval: a Composer time string, for lines. Default: every epoch.
-        stream: where to. Default: stderr.
     """
 
-    def __init__(self, counter: TokenCounter, mode: str | None, interval: str = '1ep', stream: TextIO | None = None):
+    def __init__(self, counter: TokenCounter, mode: str | None, interval: str = '1ep'):
         self.counter = counter
         self.mode = mode if dist.get_global_rank() == 0 else None
-        self.stream = stream or sys.stderr
+        self.stream = sys.stderr
         ends = {Event.BATCH_END, Event.EPOCH_END}
         self._due = create_interval_scheduler(interval, checkpoint_events=False, final_events=ends)
         self._last_line = -1  # the batch that it told of
@@ -251,7 +250,7 @@ def share_done(state: State, timestamp: Timestamp) -> float:
     done = float(timestamp.get(unit).value)
     if unit == TimeUnit.EPOCH and state.dataloader_len:
         done += int(timestamp.batch_in_epoch) / int(state.dataloader_len)
-    return done / state.max_duration.value
+    return done / state.max_duration.value if state.max_duration.value else 1.0  # a stopper's, before the first step
 
 
 def display_mode(config: Config) -> str | None:

@@ -10,9 +10,32 @@ import torch.distributed
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.fsdp import FSDPModule
 
 from dhrd_plugin.errors import UserError, nearest
+
+
+class CallbacksMayBeNew(DefaultLoadPlanner):
+    """Leaves what a callback remembers as it is where the shards have nothing of it; torch would refuse them."""
+
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+        """Look for what there is."""
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        known = metadata.state_dict_metadata
+        self.state_dict = {
+            name: value
+            for name, value in self.state_dict.items()
+            if name in known or not name.startswith('state.callbacks.')
+        }
+
+
+class _Fsdp2Config(FSDP2Config):
+    """Composer's, with a load planner, which Composer takes for FSDP1 alone."""
+
+    @property
+    def load_planner(self) -> Any:
+        return CallbacksMayBeNew()
 
 
 def fsdp_version(settings: Mapping[str, Any]) -> int:
@@ -34,7 +57,9 @@ def build_fsdp(settings: Mapping[str, Any]) -> FSDPConfig | FSDP2Config:
     for name in given:
         if name not in names:
             raise UserError(f'fsdp_config.{name}: unknown key of {kind.__name__}; {nearest(name, names)}')
-    return kind(**given)
+    return (
+        _Fsdp2Config(**given) if kind is FSDP2Config else FSDPConfig(**{'load_planner': CallbacksMayBeNew(), **given})
+    )
 
 
 def average_gradients(model: nn.Module) -> None:

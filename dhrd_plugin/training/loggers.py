@@ -1,9 +1,8 @@
 """What Composer's loggers are told of a run, and what they need: MLflow, TensorBoard, Weights & Biases and the rest."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from composer.loggers import Logger, LoggerDestination, TensorboardLogger
@@ -49,15 +48,6 @@ def credentials_to_environment(address: str) -> str:
     os.environ['MLFLOW_TRACKING_USERNAME'] = unquote(parts.username or '')
     os.environ['MLFLOW_TRACKING_PASSWORD'] = unquote(parts.password)
     return parts._replace(netloc=parts.netloc.rpartition('@')[2]).geturl()
-
-
-def flat(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Nested settings by dotted name, as on the command line: ``{'model.lora.r': 16, ...}``; lists stay whole."""
-    found = {}
-    for name, value in settings.items():
-        nested = isinstance(value, Mapping) and value
-        found |= flat(value, f'{prefix}{name}.') if nested else {f'{prefix}{name}': value}
-    return found
 
 
 def mlflow_run(logger: Logger) -> str | None:

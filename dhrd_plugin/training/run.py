@@ -10,6 +10,7 @@ from composer import DataSpec, Time, Trainer
 from composer.core import Event
 from composer.utils import dist, get_device, reproducibility
 from omegaconf import OmegaConf
+from transformers.utils import flatten_dict
 
 from dhrd_plugin.callbacks.token_counter import TokenCounter
 from dhrd_plugin.checkpoints.lock import only_run
@@ -39,7 +40,7 @@ from dhrd_plugin.training.checks import check_limits, check_schedules, check_tas
 from dhrd_plugin.training.config import Config, load_config, loaders, used, written
 from dhrd_plugin.training.display import Display, display_mode
 from dhrd_plugin.training.first_look import first_look
-from dhrd_plugin.training.loggers import build_loggers, check_taken, ends_in_mlflow, flat, without_secret_arguments
+from dhrd_plugin.training.loggers import build_loggers, check_taken, ends_in_mlflow, without_secret_arguments
 from dhrd_plugin.training.summary import describe, finish, log_file, say, timed
 from dhrd_plugin.training.targets import check_targets
 
@@ -102,7 +103,7 @@ def _train(config: Config, task: Task) -> Trainer:
     display = Display(counter, display_mode(config), config.console_log_interval)
     trainer = build_trainer(config, model, train_loader, evaluators, counter, display, loggers, checkpoint)
     with ends_in_mlflow(trainer.logger):
-        trainer.logger.log_hyperparameters(flat(plain))
+        trainer.logger.log_hyperparameters(flatten_dict(plain))
         check_taken(trainer.logger)
         say(describe(trainer, model, config))
         with timed(seconds, 'fit'), together(streams['train_loader']), display.closing():

@@ -20,7 +20,8 @@ from composer.loggers import InMemoryLogger
 from composer.utils import dist, format_name_with_dist, format_name_with_dist_and_time
 
 from dhrd_plugin.algorithms.auxiliary_reasoning_loss import AuxiliaryReasoningLoss
-from dhrd_plugin.callbacks.drop_reasoning_head import DropReasoningHead, compute_metrics
+from dhrd_plugin.callbacks.drop_reasoning_head import DropReasoningHead
+from dhrd_plugin.callbacks.evaluations import Evaluations
 from dhrd_plugin.callbacks.token_counter import TokenCounter
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.texts import as_argument
@@ -139,6 +140,7 @@ def log_file(config: Config) -> Path | None:
 def summarize(config: Config, trainer: Trainer, counter: TokenCounter) -> dict[str, Any]:
     """What a run did, as plain data; the series of an InMemoryLogger, if there is one, to six digits."""
     state = trainer.state
+    (evaluations,) = (part for part in state.callbacks if isinstance(part, Evaluations))
     export = used(config.callbacks).get('drop_reasoning_head')
     versions = ('dhrd-plugin', 'torch', 'transformers', 'mosaicml', 'mosaicml-streaming', 'peft')
     steps = int(state.timestamp.batch)
@@ -146,7 +148,7 @@ def summarize(config: Config, trainer: Trainer, counter: TokenCounter) -> dict[s
         'run_name': config.run_name,
         'metrics': {
             label: {name: _number(value) for name, value in values.items()}
-            for label, values in compute_metrics(state).items()
+            for label, values in evaluations.metrics(state).items()
         },
         'rows': int(state.timestamp.sample),
         'steps': steps,

@@ -20,8 +20,7 @@ from benchmarks.steps import batches
 from benchmarks.table import Table, make_report, make_row
 from dhrd_plugin.data.tasks import Task
 from dhrd_plugin.export import int8
-from dhrd_plugin.export.classify import predict
-from dhrd_plugin.export.load import open_classifier
+from dhrd_plugin.export.load import load_classifier
 from dhrd_plugin.export.write import write_slim
 from dhrd_plugin.models.build import load_slim
 
@@ -71,20 +70,15 @@ def write_export(lm: PreTrainedModel, tokenizer: Any, task: Task, head: str, fol
 def contenders(folder: Path, head: str) -> dict[str, Ask]:
     """The ways to ask one export, by name; with a linear head one is to load it as transformers does."""
     ours = {
-        OURS: open_classifier(folder),
-        TORCH: open_classifier(folder, 'torch'),
-        INT8: open_classifier(folder / int8.NAME),
+        OURS: load_classifier(folder),
+        TORCH: load_classifier(folder, 'torch'),
+        INT8: load_classifier(folder / int8.NAME),
     }
     others: dict[str, Ask] = {PIPELINE: ask_pipeline(load_slim(folder), AutoTokenizer.from_pretrained(folder))}
     if head == 'linear':
         stock = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
         others[STOCK] = partial(ask_sorted, stock, ours[TORCH].tokenizer)
-    return {name: partial(ask_ours, found.model, found.tokenizer) for name, found in ours.items()} | others
-
-
-def ask_ours(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[str]:
-    """Ask as ``dhrd predict`` does."""
-    return _labels(model.config, predict(model, tokenizer, texts, BATCH))
+    return {name: partial(found.predict, batch_size=BATCH) for name, found in ours.items()} | others
 
 
 def ask_pipeline(model: PreTrainedModel, tokenizer: Any) -> Ask:

@@ -20,7 +20,7 @@ from forks import run_ranks
 from gradients import CASES, WEIGHTED, case_gradients, fit, rows_of
 from stock import fit as fit_stock
 from stock import stock_classifier, tokenised
-from tiny import LABELS, VOCAB, exact, relative_error, tiny_classifier, tiny_lm, tiny_tokenizer, triplet, triplets
+from tiny import LABELS, VOCAB, exact, relative_error, tiny_classifier, tiny_tokenizer, triplet, triplets
 
 from dhrd_plugin import AuxiliaryReasoningLoss, RationaleCollator, TripletCollator
 from dhrd_plugin.errors import UserError
@@ -236,11 +236,6 @@ def test_a_schedule_that_makes_no_sense_is_refused(factor):
         fit(tiny_classifier(), [AuxiliaryReasoningLoss(schedule=lambda state, ssr=1.0: factor)])
 
 
-def test_two_instances_are_refused():
-    with pytest.raises(UserError, match='found two instances'):
-        fit(tiny_classifier(), [AuxiliaryReasoningLoss(), AuxiliaryReasoningLoss(alpha=2.0)])
-
-
 def test_a_collator_that_names_other_classes_is_refused():
     collate = RationaleCollator(tiny_tokenizer(), [*LABELS, 'more'])
     with pytest.raises(
@@ -301,9 +296,3 @@ def test_weights_and_probabilities_of_a_classification_loss_that_takes_none_are_
     options['rows'] = rows_of('soft')
     with pytest.raises(UserError, match=r'probabilities: found with a model of type HuggingFaceModel.* rows without$'):
         fit(stock_classifier(), [AuxiliaryReasoningLoss()], **options)
-
-
-def test_a_model_without_classes_is_refused():
-    model = HuggingFaceModel(tiny_lm(), tiny_tokenizer())
-    with pytest.raises(UserError, match='label_names: missing; LlamaForCausalLM has no classes'):
-        fit(model, [AuxiliaryReasoningLoss()])

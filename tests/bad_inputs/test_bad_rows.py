@@ -30,13 +30,16 @@ FILES = {
     'no header': ('a.csv', b'', 'a.csv: found no row'),
     'no object': ('a.jsonl', b'5', 'a.jsonl, line 1: found 5; expected an object of fields'),
     'a text': ('a.jsonl', b'"w1"', 'line 1: found "w1"; expected an object'),
-    'plain text': ('a.jsonl', b'w1 w2', 'line 1: not valid JSON: Expecting value, column 1'),
+    'plain text': ('a.jsonl', b'w1 w2\n', 'line 1: not valid JSON: Expecting value, column 1'),
     'breaks off': ('a.jsonl', GOOD.encode()[:-9], 'line 1, field text: not valid JSON: Unterminated string'),
     'object over lines': ('a.json', json.dumps(ROW, indent=1).encode(), 'the object goes on in the next line'),
     'rows under a key': ('a.json', json.dumps({'data': [ROW]}).encode(), 'one object that holds the rows'),
     'columns': ('a.json', json.dumps({'text': {'0': 'w1'}, 'id': {'0': 1}}).encode(), 'one object that holds the rows'),
     'two arrays': ('a.json', f'[{GOOD}] [{GOOD}]'.encode(), 'a.json: not valid JSON: Extra data'),
-    'array breaks off': ('a.json', f'[{GOOD},'.encode(), 'the file breaks off there'),
+    'missing comma': ('a.json', f'[{GOOD}\n{GOOD}]'.encode(), "JSON: Expecting ',' delimiter: line 2 column 1 "),
+    'array of a broken row': ('a.json', f'[{GOOD},\n{{"id": ]'.encode(), 'JSON: Expecting value: line 2 column 8 '),
+    'array breaks off after a row': ('a.json', f'[{GOOD}'.encode(), "not valid JSON: Expecting ',' delimiter"),
+    'array breaks off': ('a.json', f'[{GOOD},\n'.encode(), 'the file breaks off there'),
     'array of arrays': ('a.json', b'[[1, 2]]', 'a.json, row 1: found [1, 2]; expected an object'),
     'key twice': ('a.jsonl', b'{"id": 1, "text": "w1", "text": "w2", "label": "no"}', 'field text: stands twice'),
     'key twice in an array': ('a.json', f'[{GOOD}, {{"id": 1, "id": 2}}]'.encode(), 'row 2, field id: stands twice'),
@@ -44,6 +47,7 @@ FILES = {
     'header in Latin-1': ('a.csv', b'id,text,l\xe4bel\n', 'line 1: the header is no line of names in UTF-8'),
     'cell in Latin-1': ('a.csv', b'id,text,label\n1,w\xe4,no\n', 'line 2, field text: is not valid UTF-8'),
     'a cell too many': ('a.csv', b'id,text,label\n1,w1,no,x\n', 'line 2: 4 cells where the header has 3'),
+    'a cell too few': ('a.csv', b'id,text,label\n0,"w1\nw2",no\n1\n', 'line 4: 1 cells where the header has 3'),
     'a quote inside': ('a.csv', b'id,text,label\n1,"w1 "w2" w3",no\n', 'line 2: not valid CSV'),
     'a quote too few': ('a.csv', b'id,text,label\n1,"w1,no\n', 'line 2: not valid CSV: unexpected end of data'),
     'a long row': ('a.csv', b'id,text,label\n1,' + b'w' * 1_100_000 + b',no\n', 'line 2: the row is longer than 1,04'),
@@ -57,9 +61,11 @@ FILES = {
     'digits in an array': ('a.json', f'[{GOOD}, {{"id": {DIGITS}}}]'.encode(), 'row 2: not valid JSON: Exceeds'),
     'nested': ('a.jsonl', b'{"id": 1, "text": ' + DEEP.encode() + b'}', 'line 1: not valid JSON: nested too deeply'),
     'nested in an array': ('a.json', b'[{"id": ' + DEEP.encode() + b'}]', 'row 1: not valid JSON: nested too deeply'),
+    'nested without end': ('a.json', b'[' * 100_000, 'a.json: not valid JSON: nested too deeply'),
     'surrogate': ('a.jsonl', b'{"id": 1, "text": "w\\ud800", "label": "no"}', 'field text: is not valid Unicode'),
     'surrogate in the label': ('a.jsonl', b'{"id": 1, "text": "w1", "label": "\\ud800"}', 'label: found "\\ud800"'),
     'invalid UTF-8': ('a.jsonl', b'{"id": 1, "text": "w\xff", "label": "no"}', 'field text: is not valid UTF-8'),
+    'invalid UTF-8 in an array': ('a.json', b'[{"text": "w\xff"}]', 'a.json, row 1, field text: is not valid UTF-8'),
     'text is a number': ('a.jsonl', row(text=7), 'line 1, field text: found 7; expected text'),
     'text is a list': ('a.jsonl', row(text=['w1']), 'field text: found ["w1"]; expected text'),
     'text is NaN': ('a.jsonl', row(text=float('nan')), 'field text: found NaN; expected text'),
@@ -68,6 +74,7 @@ FILES = {
     'id is a fraction': ('a.jsonl', row(id=1.5), 'field id: found 1.5; expected text'),
     'id is true': ('a.jsonl', row(id=True), 'field id: found true; expected text'),
     'id is empty': ('a.jsonl', row(id=''), 'field id: is empty'),
+    'id is null': ('a.jsonl', row(id=None), 'field id: is missing'),
     'id twice': ('a.jsonl', f'{GOOD}\n{GOOD}'.encode(), "a.jsonl, line 2, field id: found '0' twice, first in"),
     'label is a number': ('a.jsonl', row(label=1), 'field label: found 1; expected one of "yes", "no", "maybe"'),
     'label is beyond floats': ('a.jsonl', row(label=10**400), 'field label: found 1000'),
@@ -75,6 +82,10 @@ FILES = {
     'label is missing': ('a.csv', b'id,text,label\n1,w1,\n', 'line 2, field label: is missing'),
     'rationale is NaN': ('a.jsonl', row(rationale=float('nan')), 'field rationale: found NaN; expected text'),
     'rationale is a number': ('a.jsonl', row(rationale=['r', 3]), 'field rationale[1]: found 3; expected text'),
+    'rationale is empty': ('a.jsonl', row(rationale=''), 'field rationale: is empty'),
+    'rationale is an empty list': ('a.jsonl', row(rationale=[]), 'field rationale: found []; expected text'),
+    'weight is a text': ('a.jsonl', row(weight='high'), 'field weight: found "high"; expected a number'),
+    'weight is negative': ('a.jsonl', row(weight=-1), 'field weight: found -1; expected a finite number'),
     'weight is infinite': ('a.jsonl', row(weight=float('inf')), 'field weight: found inf; expected a finite number'),
     'weight is beyond floats': ('a.jsonl', row(weight=10**400), 'field weight: found 1000'),
     'weight is no number': ('a.csv', b'id,text,label,weight\n1,w1,no,much\n', 'field weight: found "much"; expected'),
@@ -133,6 +144,7 @@ def test_prepare(refused, tmp_path, template, put, name):
     path, words = put(name)
     line = refused('prepare', '--template', template, '--input', path, '--output', tmp_path / 'out')
     assert words in line and str(path) in line
+    assert ('the file breaks off' in line) == ('breaks off' in name)
 
 
 @pytest.mark.parametrize('name', OF_THE_TEXT)

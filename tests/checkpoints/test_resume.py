@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.algorithms.sam.sam import SAMOptimizer
 from composer.callbacks import CheckpointSaver
 from composer.utils import dist
 from forks import Popen
@@ -20,9 +21,11 @@ from runs import BATCH, EPOCH, STEPS, RowRecorder, finish, kill, launch, losses,
 
 import dhrd_plugin.training.run
 from dhrd_plugin import load_config, train
+from dhrd_plugin.callbacks.stoppers import EarlyStopper, ThresholdStopper
 from dhrd_plugin.checkpoints.read import describe_checkpoint
 from dhrd_plugin.checkpoints.resume import find_checkpoint, set_log_aside
 from dhrd_plugin.checkpoints.same import differences
+from dhrd_plugin.checkpoints.saver import SafeCheckpoints
 from dhrd_plugin.checkpoints.whole import find_flaw, list_checkpoints, newest_checkpoint
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.evaluate import report_on
@@ -341,6 +344,20 @@ def test_a_run_that_was_stopped_stays_stopped_unless_it_is_to_go_further(yaml, t
     assert steps == expected
 
 
+@pytest.mark.parametrize('change', [{'monitor': 'MulticlassF1Score'}, {'dataloader_label': 'other'}, {}])
+@pytest.mark.parametrize('kind', [EarlyStopper, ThresholdStopper])
+def test_a_stopper_remembers_nothing_of_another_metric(kind, change):
+    settings = {'monitor': 'MulticlassAccuracy', 'dataloader_label': 'val'}
+    settings |= {'threshold': 0.5} if kind is ThresholdStopper else {}
+    first, second = kind(**settings), kind(**settings | change)
+    memory = first.state_dict()
+    memory |= {name: torch.tensor(0.7) if isinstance(value, torch.Tensor) else value for name, value in memory.items()}
+    first.load_state_dict(memory)
+    second.load_state_dict(first.state_dict())
+    found = second.state_dict()['best' if kind is EarlyStopper else 'last']
+    assert found.isnan() if change else found == torch.tensor(0.7)
+
+
 def test_a_run_that_goes_on_stops_where_it_would_have_stopped(yaml, tmp_path, monkeypatch):
     stop(yaml, tmp_path, 5, monkeypatch, *AT_REST, *STOPPER)
     assert run(yaml, tmp_path, *AT_REST, *STOPPER).state.timestamp.batch == 8
@@ -446,6 +463,65 @@ def test_a_loss_that_is_not_finite_ends_the_run(yaml, tmp_path, ranks):
     if ranks == 1:  # the same command goes on from there, and a better one as well
         with pytest.raises(UserError, match=r'found one that is not finite in batch 2; .*\)$'):
             run(yaml, tmp_path, *steps, 'optimizer.lr=1e30')
+
+
+def test_the_weights_before_a_loss_in_the_second_pass_of_sam_are_not_shifted(yaml, tmp_path, monkeypatch):
+    climb, note, kept = SAMOptimizer.first_step, SafeCheckpoints.after_loss, []
+
+    def first_step(optimizer):
+        if optimizer.global_step == 2:
+            kept.extend(weight.detach().clone() for group in optimizer.param_groups for weight in group['params'])
+        climb(optimizer)
+
+    def after_loss(saver, state, logger):
+        if kept:
+            state.loss = {name: loss * torch.nan for name, loss in state.loss.items()}
+        note(saver, state, logger)
+
+    monkeypatch.setattr(SAMOptimizer, 'first_step', first_step)
+    monkeypatch.setattr(SafeCheckpoints, 'after_loss', after_loss)
+    with pytest.raises(UserError, match=r'not finite in batch 3; .*; the weights before it: .*ep0-ba2-rank0\.pt'):
+        run(yaml, tmp_path, 'algorithms.sam={rho: 0.5}', 'autoresume=false')
+    saved = torch.load(tmp_path / 'out' / 'checkpoints' / 'ep0-ba2-rank0.pt', weights_only=False)['state']['model']
+    for weight in kept:
+        assert any(torch.allclose(weight, found, atol=1e-6) for found in saved.values() if found.shape == weight.shape)
+
+
+@pytest.mark.parametrize(
+    ('override', 'words'),
+    [
+        ('algorithms.sam={}', 'algorithms.sam: found with autoresume: its checkpoints lack the state of the optimizer'),
+        (
+            'algorithms.layer_freezing={}',
+            'algorithms.layer_freezing: found with save_folder: the optimizer of a frozen',
+        ),
+        (
+            'callbacks.early_stopper={monitor: MulticlassAccuracy, dataloader_label: validation, patience: -1}',
+            r'early_stopper\.patience: found -1ep; expected epochs \(ep\) or batches \(ba\), 0 or more',
+        ),
+        (
+            'callbacks.early_stopper={monitor: ExactMatch, dataloader_label: train}',
+            "early_stopper.monitor: found 'ExactMatch'; expected one of MulticlassAccuracy",
+        ),
+    ],
+)
+def test_what_could_not_go_on_or_not_stop_is_refused(yaml, tmp_path, override, words):
+    with pytest.raises(UserError, match=words):
+        run(yaml, tmp_path, 'task.metrics=[accuracy, em]', 'task.group=idx', override)
+
+
+def test_no_figures_are_told_of_other_weights(yaml, tmp_path, capsys):
+    """The only evaluation came before the first step. `FreeOutputs` leaves the metrics no outputs."""
+    overrides = ('eval_first=true', 'eval_interval=0ep', 'callbacks.free_outputs={}', 'max_duration=2ba')
+    trainer = run(yaml, tmp_path, *overrides)
+    assert trainer.state.eval_metrics['validation']['MulticlassAccuracy'].update_called
+    assert json.loads((tmp_path / 'out' / 'summary.json').read_text())['metrics'] == {}
+    assert 'MulticlassAccuracy' not in capsys.readouterr().out
+
+
+def test_a_threshold_that_is_reached_before_the_first_step_ends_the_run(yaml, tmp_path):
+    trainer = run(yaml, tmp_path, 'eval_first=true', *THRESHOLD)
+    assert trainer.state.timestamp.batch == 0 and (tmp_path / 'out' / 'slim').is_dir()
 
 
 def outcome_of_export(folder):

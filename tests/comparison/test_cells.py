@@ -21,8 +21,8 @@ from dhrd_plugin.comparison.plan import build_cells, load_comparison
 from dhrd_plugin.comparison.results import PLAN, RESULTS, read_lines
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError
-from dhrd_plugin.evaluate import evaluate, predict_rows, read_data
-from dhrd_plugin.export.load import open_classifier
+from dhrd_plugin.evaluate import evaluate, read_data
+from dhrd_plugin.export.load import load_classifier
 
 SCRIPT = 'scripts/compare.py'
 TIMES = ('seconds_per_step', 'finished')
@@ -98,10 +98,10 @@ def test_a_record_tells_of_its_cell(straight):
 
 def test_predictions_are_those_of_the_export(straight, run_folder):
     records, out = straight
-    classifier = open_classifier(str(out / 'cells/tiny/dhrd/1/slim'))
+    classifier = load_classifier(str(out / 'cells/tiny/dhrd/1/slim'))
     task = load_task(classifier.task)
     rows = read_data(str(run_folder / 'validation.jsonl'), task)
-    probabilities = predict_rows(classifier, rows, task)
+    probabilities = classifier.predict_proba(rows)
     assert [row['id'] for row in rows] == records[1]['ids']
     assert probabilities.argmax(-1).tolist() == records[1]['predictions']
     assert evaluate(probabilities, rows, task)['metrics'] == records[1]['metrics']

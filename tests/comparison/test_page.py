@@ -11,7 +11,7 @@ from browser import look_at, open_browser
 from made import ARMS, SKILL, TASKS, line, make, write
 from matplotlib.image import imread
 
-from dhrd_plugin.comparison import write_report
+from dhrd_plugin.comparison.page import write_report
 
 CURVES = {'loss-train-classification', 'loss-train-reasoning', 'dhrd-alpha', 'dhrd-grad-cosine', 'dhrd-grad-norm-ratio'}
 PICTURES = {'scores', 'differences', *(f'curve-{name}' for name in CURVES)}

@@ -14,7 +14,7 @@ from streaming import LocalDataset, StreamingDataset
 from dhrd_plugin.data.controls import CONTROLS
 from dhrd_plugin.data.inspect import inspect_set
 from dhrd_plugin.data.prepare import main
-from dhrd_plugin.data.shards import read_summary, write_triplets
+from dhrd_plugin.data.shards import write_triplets
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.streams.cache import machine_lock
 from dhrd_plugin.streams.publish import publish
@@ -26,6 +26,10 @@ def files(folder):
 
 def shards(folder):
     return {name: data for name, data in files(folder).items() if not name.endswith('triplets.json')}
+
+
+def summary_of(folder):
+    return json.loads((folder / 'triplets.json').read_text())
 
 
 def write_rows(path, count=4, **change):
@@ -69,7 +73,7 @@ def test_rte_with_its_rationales(shared, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'joined: 2,490 of 2,490 rationales, 0 match no row' in printed
     assert 'the rationale states the label in 1 rows: 1969' in printed
-    summary = read_summary(tmp_path / 'rte')
+    summary = summary_of(tmp_path / 'rte')
     assert summary['labels'] == {'entailment': 1249, 'not_entailment': 1241}
     assert summary['states_label'] == {'rows': 1, 'ids': ['1969']}
     assert set(summary['lengths']['sequence']) == {'50%', '95%', '100%'}
@@ -83,7 +87,7 @@ def test_creak_by_a_template_alone(shared, tmp_path):
             run('--template', tmp_path / 'creak.yaml', '--input', shared / 'creak', '--split', split, '--output', out)
             == 0
         )
-        assert read_summary(out)['rows'] == count and read_summary(out)['without_rationale'] == 0
+        assert summary_of(out)['rows'] == count and summary_of(out)['without_rationale'] == 0
 
 
 def test_tokens_and_cuts(tmp_path, capsys):
@@ -101,7 +105,7 @@ def test_tokens_and_cuts(tmp_path, capsys):
     assert run(*command, '--tokenizer', tmp_path / 'none') == 2
     assert run(*command, '--tokenizer', tmp_path / 'tokenizer') == 0
     assert 'at 20 tokens: 1 rationales cut, 1 inputs too long' in capsys.readouterr().out
-    summary = read_summary(tmp_path / 'out')
+    summary = summary_of(tmp_path / 'out')
     # 10 words of input; then <REASON>, the rationale's words, <ANS>, the answer
     assert summary['lengths']['input'] == {'50%': 10, '95%': 39, '100%': 39}
     assert summary['lengths']['sequence'] == {'50%': 14, '95%': 43, '100%': 43}
@@ -118,7 +122,7 @@ def test_controls(tmp_path, control):
         assert rationales == [f'r{index}' for index in range(4)]  # of one word
     else:
         assert all(rationale != f'r{index}' for index, rationale in enumerate(rationales))
-    assert read_summary(tmp_path / 'out')['control'] == control
+    assert summary_of(tmp_path / 'out')['control'] == control
 
 
 def test_unlabelled_rows_where_they_are_asked_for(tmp_path, capsys):
@@ -127,7 +131,7 @@ def test_unlabelled_rows_where_they_are_asked_for(tmp_path, capsys):
     assert run(*command) == 2
     assert 'line 4, field label: is missing' in capsys.readouterr().err
     assert run(*command, '--unlabelled') == 0
-    assert read_summary(tmp_path / 'out')['labels'] == {'entailment': 3, 'not_entailment': 0, '': 1}
+    assert summary_of(tmp_path / 'out')['labels'] == {'entailment': 3, 'not_entailment': 0, '': 1}
 
 
 def test_compression_and_hashes(tmp_path):
@@ -173,7 +177,7 @@ def test_any_number_of_workers_writes_the_same_bytes(shared, tmp_path):
         )
     assert len(shards(tmp_path / '1')) > 10
     assert shards(tmp_path / '1') == shards(tmp_path / '3')
-    summaries = [read_summary(tmp_path / workers) | {'seconds': 0} for workers in '13']
+    summaries = [summary_of(tmp_path / workers) | {'seconds': 0} for workers in '13']
     assert summaries[0] == summaries[1]
 
 
@@ -210,8 +214,8 @@ def test_a_bad_row_stops_it_or_is_set_aside(tmp_path, capsys, change, message):
     (bad,) = [json.loads(line) for line in (tmp_path / 'bad.jsonl').read_text().splitlines()]
     assert bad['where'] == f'{data}, line 4' and message.split(': ', 1)[-1] in bad['reason'] and bad['row']
     assert len(LocalDataset(str(tmp_path / 'out' / 'validation'))) == 3
-    assert read_summary(tmp_path / 'out' / 'validation')['set_aside'] == 1
-    assert read_summary(tmp_path / 'out' / 'train')['set_aside'] == 0
+    assert summary_of(tmp_path / 'out' / 'validation')['set_aside'] == 1
+    assert summary_of(tmp_path / 'out' / 'train')['set_aside'] == 0
 
 
 def test_bytes_that_are_no_rows(tmp_path, capsys):
@@ -329,7 +333,7 @@ def test_written_to_s3_and_read_from_there(s3, tmp_path, capsys):
     assert sorted(os.listdir(s3.folder / 'rte')) == ['test', 'train']
     assert [row['rationale'] for row in read_remote(f'{remote}/train', tmp_path / 'one')] == ['r0', 'r1', 'r2', 'r3']
     assert inspect_set(f'{remote}/train').rows == 4
-    assert json.loads((s3.folder / 'rte' / 'train' / 'triplets.json').read_text())['rows'] == 4
+    assert summary_of(s3.folder / 'rte' / 'train')['rows'] == 4
 
     assert run(*command) == 2
     assert f'error: --output: {remote}/train: already holds a shard set' in capsys.readouterr().err

@@ -18,7 +18,7 @@ from tiny import tiny_tokenizer
 
 from dhrd_plugin.data.collator import TripletCollator
 from dhrd_plugin.data.inspect import inspect_set
-from dhrd_plugin.data.shards import cached_shards, check_triplet, encode_triplet, read_summary, write_triplets
+from dhrd_plugin.data.shards import cached_shards, check_triplet, encode_triplet, write_triplets
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.data.texts import read_texts
 from dhrd_plugin.data.triplet import COLUMNS
@@ -78,7 +78,7 @@ def test_real_rows_come_back(shared, tmp_path):
     assert read(tmp_path / 'rte') == expected
     assert summary['labels'] == {'entailment': 1249, 'not_entailment': 1241}
     assert (summary['rows'], summary['without_rationale']) == (2490, 0)
-    assert load_task(read_summary(tmp_path / 'rte')['task']) == RTE
+    assert load_task(json.loads((tmp_path / 'rte' / 'triplets.json').read_text())['task']) == RTE
 
 
 @pytest.fixture(scope='module')
@@ -337,7 +337,7 @@ def test_a_changed_file_is_never_served_stale(tmp_path):
     first = cached_shards(data, RTE, reasons, cache_dir=cache)
     assert cached_shards(tmp_path, RTE, reasons, 'train', cache_dir=cache) == first
     assert [row['rationale'] for row in read(first)] == ['r0', 'r1', 'r2']
-    assert read_summary(first)['joined']['joined'] == 3
+    assert json.loads((first / 'triplets.json').read_text())['joined']['joined'] == 3
 
     others = {
         cached_shards(data, RTE, cache_dir=cache),

@@ -303,52 +303,9 @@ def test_a_bad_line_is_named_or_set_aside(tmp_path, name):
     assert [str(row) for row in bad] == [str(error.value)]
 
 
-def test_a_truncated_last_line(tmp_path):
-    path = tmp_path / 'a.jsonl'
-    path.write_bytes(GOOD + b'{"idx": 2, "premise": "It ra')
-    with pytest.raises(BadRow, match=r'line 2, field premise: not valid JSON.*the file breaks off in this row'):
-        list(read_triplets(path, RTE))
-
-
-@pytest.mark.parametrize(
-    ('text', 'message'),
-    [
-        (b'[{"idx": 0},\n{"idx": ]', r'a.json: not valid JSON: .*: line 2 column 9 \(char 21\)$'),
-        (b'[{"idx": 0}\n{"idx": 1}]', r"a.json: not valid JSON: Expecting ',' delimiter: line 2 column 1"),
-        (b'[{"idx": 0},\n', 'a.json: not valid JSON: .*; the file breaks off there'),
-        (b'[{"idx": 0},\n\n 5]', 'a.json, row 2: found 5; expected an object of fields'),
-        (b'[{"idx": 0}', 'a.json: not valid JSON: .*line 1.*; the file breaks off there'),
-        (b'[{"idx": 0}, {"idx": "\xff"}]', 'a.json, row 2, field idx: is not valid UTF-8'),
-        (b'[' * 100_000, 'a.json: not valid JSON: nested too deeply'),
-    ],
-)
-def test_bad_arrays(tmp_path, text, message):
-    path = tmp_path / 'a.json'
-    path.write_bytes(text)
-    with pytest.raises(BadRow, match=message):
-        list(read_rows(path))
-
-
 def test_an_empty_array_has_no_rows(tmp_path):
     (tmp_path / 'a.json').write_text(' [ ]\n')
     assert list(read_rows(tmp_path / 'a.json')) == []
-
-
-@pytest.mark.parametrize(
-    ('text', 'message'),
-    [
-        (b'a,b\n1,2,3\n', 'line 2: 3 cells where the header has 2'),
-        (b'a,b\n"x\ny",2\n1\n', 'line 4: 1 cells where the header has 2'),
-        (b'a,b\n"x"y,2\n', 'line 2: not valid CSV'),
-        (b'a,b\n"x,2\n', 'line 2: not valid CSV'),
-        (b'a,b\n\xff,2\n', 'line 2, field a: is not valid UTF-8'),
-    ],
-)
-def test_bad_csv(tmp_path, text, message):
-    path = tmp_path / 'a.csv'
-    path.write_bytes(text)
-    with pytest.raises(BadRow, match=message):
-        list(read_rows(path))
 
 
 LONG = [
@@ -432,9 +389,6 @@ def test_bad_parquet(tmp_path):
     broken = pa.StringArray.from_buffers(1, pa.py_buffer(b'\0\0\0\0\1\0\0\0'), pa.py_buffer(b'\xff'))
     pq.write_table(pa.table({'good': ['x'], 'text': broken}), path)
     with pytest.raises(BadRow, match='row 1, field text: is not valid UTF-8'):
-        list(read_rows(path))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match='not a whole Parquet file'):
         list(read_rows(path))
 
 

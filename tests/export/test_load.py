@@ -20,7 +20,7 @@ from torch.distributed import checkpoint as dcp
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.export.from_checkpoint import export_checkpoint
-from dhrd_plugin.export.load import open_classifier
+from dhrd_plugin.export.load import load_classifier
 from dhrd_plugin.export.write import write_slim
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -83,7 +83,7 @@ def test_what_is_here_is_used_without_composer(root, alone, name):
 
 
 def test_a_checkpoint_is_opened_as_its_export_is(root):
-    first, second = open_classifier(root / 'slim'), open_classifier(root / 'full.pt')
+    first, second = load_classifier(root / 'slim'), load_classifier(root / 'full.pt')
     assert first.label_names == second.label_names == LABELS
     assert first.task == second.task == STORED
     assert first.model.state_dict().keys() == second.model.state_dict().keys()
@@ -152,9 +152,9 @@ def test_an_onnx_file_with_weights_beside_it_is_replaced_and_loaded_from_anywher
         write_slim(model.get_metadata(), model.network.state_dict(), slim, onnx='int8')
     assert {path.name for path in slim.glob('*onnx*')} == {'model.onnx', 'model.onnx.data', 'model-int8.onnx'}
     texts = [{'input_text': row['input_text']} for row in ROWS]
-    expected = open_classifier(slim, 'torch').predict_proba(texts)
+    expected = load_classifier(slim, 'torch').predict_proba(texts)
     for place in (slim, 'hub:org/rte'):
-        found = open_classifier(place, 'onnx').predict_proba(texts)
+        found = load_classifier(place, 'onnx').predict_proba(texts)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -163,5 +163,5 @@ def test_a_damaged_folder_is_told_in_one_line(root, tmp_path, damage):
     folder = shutil.copytree(root / 'slim', tmp_path / 'slim')
     (folder / damage).write_bytes((folder / damage).read_bytes()[:20])
     with pytest.raises(UserError, match=f'{folder}: cannot be loaded') as error:
-        open_classifier(folder)
+        load_classifier(folder)
     assert len(str(error.value).splitlines()) == 1

@@ -41,8 +41,7 @@ from gpu.common import (
 from safetensors.torch import load_file
 from torch import _dynamo as dynamo
 
-from dhrd_plugin.export.classify import predict
-from dhrd_plugin.export.load import open_classifier
+from dhrd_plugin.export.load import load_classifier
 from dhrd_plugin.models.build import build_causal_lm
 
 STEPS = 8 if TINY else 40
@@ -172,15 +171,17 @@ def export():
             _, found = rows(16 if TINY else 0, 'validation')
             texts = [row['input_text'] for row in found]
             network = trainer.state.model.network.eval()
-            slim = open_classifier(folder / 'slim')
+            slim = load_classifier(folder / 'slim')
             batch = slim.tokenizer(texts, return_tensors='pt', padding=True)
             inputs = {name: batch[name].to(device()) for name in ('input_ids', 'attention_mask')}
             with torch.inference_mode(), tf32(False):
                 live = network(**inputs).logits.float().cpu()
                 with autocast(on_gpu()):
                     half = network(**inputs).logits.float().cpu()
-                ours = predict(slim.model.to(device()), slim.tokenizer, texts)
-                rounded = predict(slim.model.to(torch.bfloat16), slim.tokenizer, texts)
+                slim.model.to(device())
+                ours = slim.predict_proba(found)
+                slim.model.to(torch.bfloat16)
+                rounded = slim.predict_proba(found)
             emit(
                 'export',
                 lora=lora,

@@ -9,8 +9,7 @@ from benchmarks.infer import ask_pipeline, prompt
 from benchmarks.material import build_classifier
 from gpu.common import LAYERS, MODEL, TINY, device, emit, median_ms, on_gpu, rows, section, sync, tokenizer, told
 
-from dhrd_plugin.export.classify import predict as ask
-from dhrd_plugin.export.load import open_classifier
+from dhrd_plugin.export.load import load_classifier
 from dhrd_plugin.export.write import write_slim
 from dhrd_plugin.models.build import build_causal_lm, load_slim
 
@@ -22,7 +21,7 @@ def exported():
     task, _ = rows(1)
     model = build_classifier(build_causal_lm(MODEL, config_overrides=LAYERS), tokenizer(), task)
     folder = write_slim(model.get_metadata(), model.network.state_dict(), Path(tempfile.mkdtemp()) / 'slim')
-    return open_classifier(folder), folder
+    return load_classifier(folder), folder
 
 
 def texts(tok, count):
@@ -46,7 +45,7 @@ def predict():
         name = str(dtype).removeprefix('torch.')
         for size in (4,) if TINY else (32, 64, 128, 256, 512) if dtype == torch.bfloat16 else (32, 256):
             with told('predict', precision=name, rows=size):
-                ms = median_ms(lambda: ask(slim.model, tok, many, size), 0.5, 1, 4)
+                ms = median_ms(lambda: slim.predict_proba(many, size), 0.5, 1, 4)
                 batch = tok(many[:size], return_tensors='pt', padding=True).to(device())
                 inputs = {key: batch[key] for key in ('input_ids', 'attention_mask')}
                 with torch.inference_mode():
@@ -64,7 +63,7 @@ def predict():
 
 def one_query(slim, tok, text, name):
     """The median of one query, that of its forward pass, and how long its kernels take."""
-    ms = median_ms(lambda: ask(slim.model, tok, [text]), 0.6, 5)
+    ms = median_ms(lambda: slim.predict_proba([text]), 0.6, 5)
     batch = tok([text], return_tensors='pt').to(device())
     inputs = {key: batch[key] for key in ('input_ids', 'attention_mask')}
     kernels = launches = None
@@ -90,8 +89,8 @@ def chain_of_thought():
     slim, _ = exported()
     slim.model.to(device(), lm.dtype)
     many = asked * (1 if TINY else 32)
-    ms = median_ms(lambda: ask(slim.model, slim.tokenizer, many, 32), 1.0, 1, 5)
-    best = median_ms(lambda: ask(slim.model, slim.tokenizer, many, 512), 1.0, 1, 5)
+    ms = median_ms(lambda: slim.predict_proba(many, 32), 1.0, 1, 5)
+    best = median_ms(lambda: slim.predict_proba(many, 512), 1.0, 1, 5)
     tok.padding_side = 'left'
     batch = tok([prompt(tok, text, task) for text in asked], return_tensors='pt', padding=True).to(device())
     inputs = {key: batch[key] for key in ('input_ids', 'attention_mask')}

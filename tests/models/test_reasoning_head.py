@@ -638,12 +638,6 @@ def test_two_instances_are_refused_before_the_model_is_touched():
     assert type(model.model) is LlamaForSequenceClassification
 
 
-@pytest.mark.parametrize('factor', [-0.1, float('nan')])
-def test_a_schedule_that_makes_no_sense_is_refused(factor):
-    with pytest.raises(UserError, match=f'schedule: function returned {factor} at 0'):
-        fit(stock_classifier(), [AuxiliaryReasoningLoss(schedule=lambda state, ssr=1.0: factor)])
-
-
 @pytest.mark.filterwarnings('default')
 def test_batches_without_rationales_are_told_once_and_the_collator_named(recwarn):
     fit(stock_classifier(), [AuxiliaryReasoningLoss()], batches=3, microbatch=2)

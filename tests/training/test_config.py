@@ -1,4 +1,4 @@
-"""A mistake in the YAML is one line that names the key, before data or weights are touched."""
+"""A YAML is typed, interpolated and merged over its base; a mistake in it is one line that names the key."""
 
 import subprocess
 import sys
@@ -16,85 +16,18 @@ def yaml(root):
     return root / 'yamls' / 'rte.yaml'
 
 
-@pytest.mark.parametrize(
-    ('override', 'expected'),
-    [
-        ('sede=1', "sede: unknown key; did you mean 'seed'?"),
-        ('model.poling=last', "model.poling: unknown key; did you mean 'pooling'?"),
-        ('model.lora.rank=8', 'model.lora.rank: unknown key'),
-        ('train_loader.sorce=x', "train_loader.sorce: unknown key; did you mean 'source'?"),
-        ('eval_loaders.validation.sufle=true', "eval_loaders.validation.sufle: unknown key; did you mean 'shuffle'?"),
-        (
-            'algorithms.auxiliary_reasoning_loss.alhpa=1',
-            "algorithms.auxiliary_reasoning_loss.alhpa: unknown key; did you mean 'alpha'?",
-        ),
-        ('algorithms.auxiliary_resoning_loss.alpha=1', "did you mean 'auxiliary_reasoning_loss'?"),
-        (
-            'algorithms.auxiliary_reasoning_loss.schedule={name: linear, alhpa_f: 0}',
-            "schedule.alhpa_f: unknown key; did you mean 'alpha_f'?",
-        ),
-        ('algorithms.auxiliary_reasoning_loss.alpha=high', "alpha: found 'high'; expected float"),
-        ('algorithms.auxiliary_reasoning_loss=3', 'found 3; expected a mapping'),
-        ('callbacks.drop_reasoning_head.output_dirr=x', "did you mean 'output_dir'?"),
-        ('callbacks.speed_monitor={windowsize: 3}', "did you mean 'window_size'?"),
-        ('loggers.mlflow={experiment: x}', "did you mean 'experiment_name'?"),
-        ('optimizer.learning_rate=1', 'optimizer.learning_rate: unknown key'),
-        ('optimizer.name=adammw', "did you mean 'adamw'?"),
-        ('scheduler.name=cosine_warmup', "did you mean 'cosine_with_warmup'?"),
-        ('seed=many', 'seed: '),
-        ('global_train_batch_size=0', 'global_train_batch_size: found 0; expected a number of 1 or more'),
-        ('model.head=mpl', "model.head: found 'mpl'; expected one of ['mlp', 'linear', 'verbalizer']"),
-        (
-            'model={head: verbalizer, pooling: mean}',
-            "model.pooling: found 'mean' with head=verbalizer, which reads what the LM head would; expected 'last'",
-        ),
-        (
-            'model={head: linear, classifier_norm: true}',
-            'model.classifier_norm: found true with head=linear; expected head=mlp, or false',
-        ),
-        ('model.classifier_norm=2.5', 'model.classifier_norm: '),
-        (
-            'train_loader.layout=labels_first',
-            "train_loader.layout: found 'labels_first'; expected one of ['reason_first', 'label_first']",
-        ),
-        ('train_loader.rationale_max_tokens=0', 'train_loader.rationale_max_tokens: found 0; expected a number of 1'),
-        (
-            'train_loader.control=OnlyLabels',
-            "train_loader.control: found 'OnlyLabels'; expected one of ['ConsistentReasoningLabel', 'OnlyLabel', ",
-        ),
-        ('eval_loaders.validation.control=x', "eval_loaders.validation.control: found 'x'; expected one of"),
-        ('train_loader.weights=reason', "train_loader.weights: found 'reason'; expected one of ['both', 'reasoning']"),
-        (
-            'markers.as_tokens=true',
-            'markers.as_tokens: found with model.lora, which leaves the new tokens untrained; expected '
-            'markers.as_tokens=false (plain text) or model.lora=null',
-        ),
-        ('max_duration', 'max_duration: expected an override of the form key=value'),
-    ],
-)
-def test_a_wrong_override_is_told_in_one_line(yaml, override, expected):
-    with pytest.raises(UserError) as error:
-        load_config(yaml, [override])
-    assert expected in str(error.value)
-    assert '\n' not in str(error.value)
-
-
 def test_markers_are_no_tokens_where_embeddings_are_frozen(yaml):
+    with pytest.raises(UserError, match=r'found with model\.lora, which leaves the new tokens .* or model\.lora=null$'):
+        load_config(yaml, ['markers.as_tokens=true'])
     overrides = ['markers.as_tokens=true', 'model.lora=null']
     assert load_config(yaml, overrides).markers.as_tokens
     with pytest.raises(UserError, match=r'found with model\.freeze_backbone.*or model\.freeze_backbone=false'):
         load_config(yaml, [*overrides, 'model.freeze_backbone=true'])
 
 
-def test_the_yaml_itself(tmp_path):
+def test_no_yaml(tmp_path):
     with pytest.raises(UserError, match='no such file'):
         load_config(tmp_path / 'none.yaml')
-    (tmp_path / 'broken.yaml').write_text('a: [1')
-    with pytest.raises(UserError, match='not valid YAML'):
-        load_config(tmp_path / 'broken.yaml')
-    (tmp_path / 'empty.yaml').write_text('task: rte')
-    with pytest.raises(UserError, match='missing'):
-        load_config(tmp_path / 'empty.yaml')
 
 
 def test_values_are_typed_and_interpolated(yaml):
@@ -171,8 +104,3 @@ def test_a_mistake_in_a_base_names_the_file_in_which_it_stands(chain, middle, ex
 def test_the_base_is_chosen_by_the_file_alone(chain):
     with pytest.raises(UserError, match=r'top\.yaml: base: unknown key'):
         load_config(chain, ['base=other.yaml'])
-
-
-def test_a_list_over_a_mapping_is_told_in_one_line(yaml):
-    with pytest.raises(UserError, match=r'rte.yaml: optimizer: found \[1\]; expected a mapping'):
-        load_config(yaml, ['variables.a={b: 1}', 'optimizer=[1]'])

@@ -35,6 +35,36 @@ def launch(root: Path, ranks: int, *names: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory):
+    """What callbacks remembered, and the folder of the runs."""
+    root = tmp_path_factory.mktemp('stopped')
+    write_inputs(root)
+    done = run_ranks(2, Path(__file__).parents[1] / 'stopped_runs.py', root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, json.loads((root / 'found.json').read_text())
+
+
+def test_stoppers_remember_out_of_shards(stopped):
+    _, found = stopped
+    assert found['early'] == [8, 8] and found['threshold'] == [2, 2]
+
+
+def test_shards_know_nothing_of_a_callback_that_is_new(stopped):
+    root, found = stopped
+    assert found['new'] == [2, 4]
+    assert (root / 'fsdp2' / 'untied' / 'slim' / 'model.safetensors').is_file()
+
+
+def test_a_rank_without_a_labelled_row_has_the_metrics_of_all(stopped):
+    root, found = stopped
+    assert found['half'] == 2
+    summary = json.loads((root / 'ddp' / 'untied' / 'summary.json').read_text())
+    assert summary['best']['batch'] == 2 and summary['metrics']['val'] == {
+        'MulticlassAccuracy': summary['best']['value']
+    }
+
+
 def series(root: Path, layout: str, case: str) -> dict[str, list[float]]:
     return json.loads((root / layout / case / 'series.json').read_text())
 

@@ -14,6 +14,7 @@ from browser import open_browser
 from runs import EPOCH, RowRecorder, finish, launch, write_run
 from tiny import WORDS
 from trackers import ask, mlflow_server, read_tensorboard, read_wandb
+from transformers.utils import flatten_dict
 
 import dhrd_plugin.training.mlflow_logger
 import dhrd_plugin.training.run
@@ -21,13 +22,7 @@ from dhrd_plugin import load_config, train
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.predict import main as predict
 from dhrd_plugin.training.config import written
-from dhrd_plugin.training.loggers import (
-    build_loggers,
-    credentials_to_environment,
-    flat,
-    mlflow_run,
-    without_secret_arguments,
-)
+from dhrd_plugin.training.loggers import build_loggers, credentials_to_environment, mlflow_run, without_secret_arguments
 from dhrd_plugin.training.mlflow_logger import MLFlowLogger, fit_name
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -68,7 +63,7 @@ def _tracked(tmp_path_factory):
             output=output,
             experiment=experiment,
             runs=ask(address, 'runs/search', experiment_ids=[experiment])['runs'],
-            hyperparameters=flat(written(load_config(path, [uri]))),
+            hyperparameters=flatten_dict(written(load_config(path, [uri]))),
             log=(folder / 'out' / 'log-rank0.txt').read_text(),
         )
 
@@ -360,11 +355,6 @@ def test_credentials_in_the_environment_go_there_as_well(small, monkeypatch):
     monkeypatch.setattr('dhrd_plugin.training.registry.build', lambda *_: os.environ['MLFLOW_TRACKING_URI'])
     assert build_loggers(small.config('loggers={mlflow: {}}'), False)[-1] == 'http://localhost:9'
     assert os.environ['MLFLOW_TRACKING_PASSWORD'] == 'hunter2'
-
-
-def test_settings_by_dotted_name():
-    settings = {'a': {'b': {'c': 1}, 'd': [{'e': 2}]}, 'f': {}, 'g': None}
-    assert flat(settings) == {'a.b.c': 1, 'a.d': [{'e': 2}], 'f': {}, 'g': None}
 
 
 def test_arguments_as_they_may_be_stored():
