@@ -14,9 +14,10 @@ from dhrd_plugin.data.triplet import classes_of
 from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.streams.dataset import draw_rationale
 from dhrd_plugin.streams.rows import StreamRows
-from dhrd_plugin.training.builders import build_collator, build_tokenizer_from, find_labels, find_streams, reasons
+from dhrd_plugin.training.builders import build_collator, build_tokenizer_from, find_streams, reasons
 from dhrd_plugin.training.checks import check_limits
 from dhrd_plugin.training.config import Config, load_config
+from dhrd_plugin.training.labels import find_labels
 
 LEGEND = 'plain: read only; [pooled]; underlined: supervised as a target of the reasoning head'
 

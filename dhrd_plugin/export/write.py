@@ -1,12 +1,9 @@
 """Write the slim classifier: backbone and classification head, no LM head, no adapters, no pickle."""
 
-import json
 import os
-import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +11,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-)
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification, PretrainedConfig
 
 from dhrd_plugin.errors import UserError, one_line, user_errors
 from dhrd_plugin.export.card import model_card, with_int8
@@ -28,6 +20,7 @@ from dhrd_plugin.export.int8 import Row, compare, rows_of, write_int8
 from dhrd_plugin.export.onnx import NAME, OnnxClassifier, check_answers, check_onnx, made_rows, write_onnx
 from dhrd_plugin.export.place import check_place, foreign
 from dhrd_plugin.export.probe import Inputs, ask, ends_in_pad, find_difference, probe_rows
+from dhrd_plugin.export.tokenizer import restored_tokenizer
 from dhrd_plugin.files import replace_folder, staged
 from dhrd_plugin.losses import IGNORE_INDEX
 from dhrd_plugin.models import heads, slim
@@ -37,9 +30,6 @@ from dhrd_plugin.models.versions import DTYPE, config_from, is_taken_for_another
 from dhrd_plugin.problem_type import MULTI_LABEL, SINGLE_LABEL, is_multi_label
 
 _NETWORK = 'model.'  # its name inside a HuggingFaceModel
-_TOKENIZER_FILE = re.compile(r'[\w.+ -]+\.(json|txt|model|jinja|py)')  # those that Composer stores
-# Of a tokenizer.json: a sharded checkpoint loses what is empty, and without these it cannot be read.
-_NEEDED = {'TemplateProcessing': {'single': [], 'pair': [], 'special_tokens': {}}, 'BPE': {'vocab': {}, 'merges': []}}
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
@@ -95,7 +85,7 @@ def write_slim(
     out = Path(out)
     model = _rebuild(metadata, state)
     pad, longest = _pad_token_id(metadata), metadata.get('dhrd', {}).get('max_seq_len')
-    with _restored_tokenizer(metadata.get('tokenizer'), pad, longest) as tokenizer, staged(out) as folder:
+    with restored_tokenizer(metadata.get('tokenizer'), pad, longest) as tokenizer, staged(out) as folder:
         pad_last = ends_in_pad(tokenizer, pad)
         lm: Any = getattr(model, 'causal_lm', model)
         inputs = probe_rows(tokenizer, len(lm.get_input_embeddings().weight), pad, pad_last)
@@ -367,60 +357,3 @@ def _owned(value: Tensor) -> Tensor:
     """A contiguous tensor that is all of its storage; FSDP gathers into padded ones, which safetensors refuses."""
     value = value.contiguous()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
-
-
-@contextmanager
-def _restored_tokenizer(
-    files: Mapping[str, Any] | None, pad_token_id: int | None, max_seq_len: int | None
-) -> Iterator[Any]:
-    """The tokenizer of a model's metadata as an export has it; ``None`` where there is none."""
-    if not files:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as scratch:  # some tokenizers copy their files from here when they are saved
-        with user_errors('tokenizer: cannot be restored from the metadata'):
-            tokenizer = _restore_tokenizer(files, Path(scratch))
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
-            tokenizer.padding_side = 'right'
-            if isinstance(max_seq_len, int):
-                tokenizer.model_max_length = max_seq_len
-        yield tokenizer
-
-
-def _restore_tokenizer(files: Mapping[str, Mapping[str, Any]], folder: Path) -> Any:
-    """The tokenizer, from the files that a ``HuggingFaceModel`` put into its metadata; code among them is left out."""
-    for name, file in files.items():
-        # A checkpoint of an older Composer has the names without their suffixes.
-        name = name if name.endswith(file['file_extension']) else name + file['file_extension']
-        if not _TOKENIZER_FILE.fullmatch(name):
-            raise UserError(
-                f'tokenizer: found a file named {one_line(name)!r}; expected a plain name such as vocab.txt'
-            )
-        if not name.endswith('.py'):
-            (folder / name).write_bytes(_content(name, file['content']))
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def _content(name: str, content: Any) -> bytes:
-    if name == 'tokenizer.json':
-        content = {'added_tokens': [], **_with_empty(content)}
-    if name == 'tokenizer_config.json':
-        content = {**content, 'tokenizer_class': tokenizer_class(content.get('tokenizer_class'))}
-    if name.endswith('.json'):
-        content = json.dumps(content)
-    elif name.endswith('.txt'):  # its lines
-        content = ''.join(f'{line}\n' for line in content)
-    return content.encode() if isinstance(content, str) else content
-
-
-def _with_empty(content: Any) -> Any:
-    """The content of a ``tokenizer.json`` with the empty lists and mappings that a sharded checkpoint has lost."""
-    if isinstance(content, list):
-        return [_with_empty(value) for value in content]
-    if not isinstance(content, Mapping):
-        return content
-    if dict(content) == {'type': 'Sequence'}:  # of nothing
-        return None
-    kind = content.get('type')
-    needed = _NEEDED.get(kind, {}) if isinstance(kind, str) else {}
-    return {**needed, **{key: _with_empty(value) for key, value in content.items()}}

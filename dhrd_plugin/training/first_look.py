@@ -24,8 +24,9 @@ from dhrd_plugin.data.truncate import fit
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.streams.rows import StreamRows
 from dhrd_plugin.streams.stream import TripletStream
-from dhrd_plugin.training.builders import build_collator, told_summary
+from dhrd_plugin.training.builders import build_collator
 from dhrd_plugin.training.config import Config
+from dhrd_plugin.training.labels import told_summary
 
 MOST = 100_000  # rows of a loader that are looked at
 BATCH = 512  # rows at a time

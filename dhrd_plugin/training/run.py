@@ -29,17 +29,16 @@ from dhrd_plugin.training.builders import (
     build_tokenizer_from,
     build_train_loader,
     build_trainer,
-    find_labels,
     find_streams,
     optimizer_name,
     save_folder,
     saves_shards,
-    settled,
 )
 from dhrd_plugin.training.checks import check_limits, check_schedules, check_task
 from dhrd_plugin.training.config import Config, load_config, loaders, used, written
 from dhrd_plugin.training.display import Display, display_mode
 from dhrd_plugin.training.first_look import first_look
+from dhrd_plugin.training.labels import find_labels, settled
 from dhrd_plugin.training.loggers import build_loggers, check_taken, ends_in_mlflow, without_secret_arguments
 from dhrd_plugin.training.summary import describe, finish, log_file, say, timed
 from dhrd_plugin.training.targets import check_targets

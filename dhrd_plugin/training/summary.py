@@ -31,9 +31,9 @@ from dhrd_plugin.models.network import DualHeadNetwork
 from dhrd_plugin.models.padding_free import one_kernel
 from dhrd_plugin.streams.rows import StreamRows
 from dhrd_plugin.streams.stream import TripletStream
-from dhrd_plugin.training.builders import count_labels
 from dhrd_plugin.training.config import Config, used, written
 from dhrd_plugin.training.display import steps_of_fit
+from dhrd_plugin.training.labels import count_labels
 from dhrd_plugin.training.loggers import mlflow_run
 
 SUMMARY = 'summary.json'
