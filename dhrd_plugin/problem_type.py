@@ -19,17 +19,17 @@ def is_multi_label(config: Any) -> bool:
     return getattr(config, 'problem_type', None) == MULTI_LABEL
 
 
-def to_probabilities(logits: Tensor, multi_label: bool = False) -> Tensor:
+def to_probabilities(logits: Tensor, multi_label: bool) -> Tensor:
     """[N, K] logits as fp32 probabilities: of one class to a row, or of each class for itself."""
     return logits.float().sigmoid() if multi_label else logits.float().softmax(-1)
 
 
-def decide(probabilities: Tensor, multi_label: bool = False) -> Tensor:
+def decide(probabilities: Tensor, multi_label: bool) -> Tensor:
     """The answers to [N, K] probabilities: [N], the most probable class, or [N, K], each class's yes or no."""
     return probabilities >= THRESHOLD if multi_label else probabilities.argmax(-1)
 
 
-def confidence(probabilities: Tensor, multi_label: bool = False) -> Tensor:
+def confidence(probabilities: Tensor, multi_label: bool) -> Tensor:
     """[N] how sure each answer is: the largest of [N, K] probabilities, or that of the class it is least sure of."""
     return torch.maximum(probabilities, 1 - probabilities).amin(-1) if multi_label else probabilities.amax(-1)
 

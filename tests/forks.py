@@ -71,8 +71,11 @@ class Popen(subprocess.Popen):
         self._close_pipe_fds(*pipes)
 
 
-def run_ranks(ranks, *arguments, timeout=600.0, start=Popen, **options) -> subprocess.CompletedProcess:
-    """Run ``composer -n RANKS ...`` to its end, which comes in ``timeout`` seconds; its output is text."""
+def run_ranks(ranks, *arguments, timeout=600.0, start=Popen, status=0, **options) -> subprocess.CompletedProcess:
+    """Run ``composer -n RANKS ...`` to its end, which comes in ``timeout`` seconds; its output is text.
+
+    It has to end with ``status``; with None it may end with any.
+    """
     command = [COMPOSER, '-n', str(ranks), *map(str, arguments)]
     with start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
         try:
@@ -80,6 +83,7 @@ def run_ranks(ranks, *arguments, timeout=600.0, start=Popen, **options) -> subpr
         except BaseException:
             process.kill()
             raise
+    assert status in (None, process.returncode), ''.join(output)[-3000:]
     return subprocess.CompletedProcess(command, process.returncode, *output)
 
 
