@@ -62,10 +62,10 @@ def from_rank_zero(work: Callable[[], T]) -> T:
     return value
 
 
-def end_with_parent() -> None:
-    """Send this process a SIGTERM when its parent ends, be it killed; on Linux."""
+def end_with_parent(by: int = signal.SIGTERM) -> None:
+    """Send this process a signal when its parent ends, be it killed; on Linux."""
     if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(by))
 
 
 def once_a_node(work: Callable[[], T]) -> T:

@@ -44,6 +44,7 @@ from dhrd_plugin.training.summary import say
 SUMMARY, EVALUATION, OUTPUT, FINGERPRINT = 'summary.json', 'evaluation', 'output.txt', 'fingerprint'  # of a cell
 VERSIONS = ('dhrd-plugin', 'torch', 'transformers', 'mosaicml')
 POLL = 0.1  # seconds between two looks at the cells that run
+GRACE = 60.0  # seconds that a cell has to save a checkpoint in and end
 
 
 def compare(path: str | Path, overrides: Sequence[str] = (), jobs: int = 1) -> Path:
@@ -147,7 +148,19 @@ def _run_cells(
         for *_, process in running:
             process.terminate()
         for *_, process in running:
-            process.wait()
+            end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Wait for a process that was told to end, and kill it where it does not.
+
+    Python loses what a signal raises in a ``__del__``, and may wait at its own end for a thread that has none.
+    """
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _start(cell: Cell, command: Sequence[str], jobs: int) -> subprocess.Popen:
@@ -200,7 +213,7 @@ def run_cell(cell: Cell) -> None:
 def _run_one(path: str, overrides: Sequence[str], cell: Sequence[str]) -> None:
     """The command's own process of a cell: its task, arm, seed and fingerprint, and the process that started it."""
     task, arm, seed, fingerprint, parent = cell
-    ranks.end_with_parent()
+    ranks.end_with_parent(signal.SIGKILL)
     if os.getppid() != int(parent):  # it ended before this one could ask to be told
         return
     found = build_cells(load_comparison(path, overrides, quiet=True), path, only=(task, arm, int(seed)))
@@ -208,12 +221,7 @@ def _run_one(path: str, overrides: Sequence[str], cell: Sequence[str]) -> None:
         raise UserError(
             f'{path}: {task} {arm} seed {seed}: changed since the comparison began; start the command again'
         )
-    try:
-        run_cell(found[0])
-    except BaseException:
-        # At its end Python waits for threads: for ever, where a SIGTERM has cut one off from its pool.
-        signal.alarm(60)
-        raise
+    run_cell(found[0])
 
 
 # --------------------------------------------------------------------------------------- results

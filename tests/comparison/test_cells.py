@@ -17,7 +17,7 @@ from runs import finish, kill, launch, wait_for, write_run
 from dhrd_plugin.checkpoints import lock
 from dhrd_plugin.comparison import cells as room
 from dhrd_plugin.comparison.cells import OUTPUT, compare, main
-from dhrd_plugin.comparison.plan import build_cells, load_comparison
+from dhrd_plugin.comparison.plan import build_cells
 from dhrd_plugin.comparison.results import PLAN, RESULTS, read_lines
 from dhrd_plugin.data.tasks import load_task
 from dhrd_plugin.errors import UserError
@@ -202,7 +202,7 @@ def test_ranks_share_a_cell_and_no_more(run_folder, capsys, monkeypatch):
 
 
 def test_a_cell_is_none_of_a_yaml_that_has_changed(run_folder, capsys, monkeypatch):
-    monkeypatch.setattr(room.ranks, 'end_with_parent', lambda: None)
+    monkeypatch.setattr(room.ranks, 'end_with_parent', lambda by: None)
     command = [str(write(run_folder)), '--cell', 'tiny', 'pooled', '1', 'a0b1', str(os.getppid())]
     assert main(command) == 2
     error = capsys.readouterr().err
@@ -210,17 +210,15 @@ def test_a_cell_is_none_of_a_yaml_that_has_changed(run_folder, capsys, monkeypat
     assert main([*command[:-1], '0']) == 0  # the comparison has gone: nothing is run
 
 
-def test_a_cell_that_is_told_to_end_does_so_whatever_its_threads_wait_for(run_folder, monkeypatch):
-    monkeypatch.setattr(room.ranks, 'end_with_parent', lambda: None)
-    monkeypatch.setattr(room, 'run_cell', lambda cell: sys.exit(143))
-    yaml = write(run_folder)
-    (cell, *_) = build_cells(load_comparison(yaml), yaml)
-    try:
-        with pytest.raises(SystemExit):
-            room._run_one(str(yaml), [], [*map(str, cell.key), cell.fingerprint, str(os.getppid())])
-    finally:
-        left = signal.alarm(0)
-    assert 0 < left <= 60
+def test_a_process_that_does_not_end_as_it_is_told_to_is_killed(monkeypatch):
+    """As where the signal came in a ``__del__``, in which Python raises nothing."""
+    monkeypatch.setattr(room, 'GRACE', 0.2)
+    deaf = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print("", flush=True); time.sleep(60)'
+    with subprocess.Popen([sys.executable, '-c', deaf], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.terminate()
+        room.end(process)
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_results_of_other_settings_are_refused(straight, run_folder, tmp_path):
