@@ -9,7 +9,7 @@ from dhrd_plugin.data.data_spec import split, split_by_length, triplet_data_spec
 from dhrd_plugin.data.lengths import summarise, survey
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models.extent import Extent
-from dhrd_plugin.models.network import upto
+from dhrd_plugin.models.heads import upto
 
 ROW = {'id': '7', 'input_text': 'w1 w2 w3', 'label': 'no', 'answer': 'maybe', 'rationale': 'w4 w5'}
 NONE = -100

@@ -1,5 +1,7 @@
 """The dual-head network: no leak, no padding effect, nothing run that is not asked for."""
 
+from typing import get_args
+
 import pytest
 import torch
 from composer.models import HuggingFaceModel
@@ -16,7 +18,7 @@ from transformers import (
 )
 
 from dhrd_plugin import apply_reasoning_head
-from dhrd_plugin.data.collator import LAYOUTS, Markers, TripletCollator
+from dhrd_plugin.data.collator import Layout, Markers, TripletCollator
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models.network import DualHeadNetwork
 
@@ -43,7 +45,7 @@ def sequence_lengths(network):
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(('head', 'pooling'), HEADS)
 @pytest.mark.parametrize('side', ['right', 'left'])
-@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('layout', get_args(Layout))
 def test_no_rationale_or_answer_token_reaches_the_class_logits(kind, head, pooling, side, layout):
     network = tiny_network(kind, head, pooling).eval()
     batch = collate(triplets(), padding_side=side, layout=layout)

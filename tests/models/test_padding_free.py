@@ -2,6 +2,7 @@
 
 import copy
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny import KINDS, LABELS, relative_error, tiny_lm, tiny_network, tiny_toke
 from transformers import AutoModelForCausalLM
 
 from dhrd_plugin import load_config, train
-from dhrd_plugin.data.collator import LAYOUTS, TripletCollator
+from dhrd_plugin.data.collator import Layout, TripletCollator
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.models import padding_free
 from dhrd_plugin.models.extent import Extent
@@ -44,7 +45,7 @@ def step(network, batch):
 @pytest.mark.parametrize('pooling', ['last', 'mean'])
 @pytest.mark.parametrize('side', ['left', 'right'])
 @pytest.mark.parametrize('lora', [False, True])
-@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('layout', get_args(Layout))
 def test_losses_and_gradients_are_the_same(kind, pooling, side, lora, layout):
     network = tiny_network(kind, pooling=pooling, lora=lora)
     network.causal_lm.config._attn_implementation = 'sdpa'
