@@ -20,9 +20,10 @@ from dhrd_plugin import load_classifier
 from dhrd_plugin.data.rows import read_rows
 from dhrd_plugin.data.shards import write_triplets
 from dhrd_plugin.data.tasks import load_task
-from dhrd_plugin.data.texts import as_argument, read_lines, texts_of
+from dhrd_plugin.data.texts import Text, as_argument, read_lines, texts_of
 from dhrd_plugin.errors import UserError
 from dhrd_plugin.evaluate import main as evaluate
+from dhrd_plugin.export.classify import logits_of_texts
 from dhrd_plugin.export.load import RUNTIMES
 from dhrd_plugin.export.write import write_slim
 from dhrd_plugin.predict import WINDOW, main
@@ -383,6 +384,7 @@ def test_rotary_positions_have_no_end(slim, capsys):
     assert len(printed(capsys, slim, ' '.join(['w1'] * 80))) == 1  # its max_position_embeddings is 64
 
 
-def test_texts_are_named_by_their_number(slim):
-    with pytest.raises(UserError, match=r'^text 2: found no token; expected text$'):
-        load_classifier(slim).predict_proba([{'input_text': 'w1'}, {'input_text': ' '}])
+def test_a_text_of_no_token_is_told_by_its_place(slim):
+    found, texts = load_classifier(slim), [Text('row 1', None, 'w1'), Text('row 2', None, ' ')]
+    with pytest.raises(UserError, match=r'^row 2: found no token; expected text$'):
+        logits_of_texts(found.model, found.tokenizer, texts, None, None)
