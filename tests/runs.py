@@ -137,7 +137,11 @@ def losses(out: Path) -> dict[int, str]:
     """The logged total loss of every step, of all logs of a run; a step that was run twice must be the same."""
     found: dict[int, str] = {}
     for log in sorted(out.glob('log-rank0*.txt')):
-        for step, loss in re.findall(r'\[batch=(\d+)\]: loss/train/total: (\S+)', log.read_text()):
+        try:
+            text = log.read_text()
+        except FileNotFoundError:  # a run that goes on has just renamed it
+            return losses(out)
+        for step, loss in re.findall(r'\[batch=(\d+)\]: loss/train/total: (\S+)', text):
             assert found.setdefault(int(step), loss) == loss, f'step {step}: {found[int(step)]}, then {loss}'
     return found
 

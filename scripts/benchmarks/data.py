@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.fits import StepClock, describe_waits, fit, waited
-from benchmarks.material import build_classifier, describe, load_backbone, load_rows
+from benchmarks.material import build_classifier, describe, load_backbone, load_rows, repeat
 from benchmarks.measure import interleave, rates, ratios, time_once
 from benchmarks.options import Options
 from benchmarks.reading import Place, load_bare, load_ours, read_epoch, write_bare
@@ -42,7 +42,7 @@ def run(options: Options) -> dict[str, Any]:
     repetitions = options.repetitions or REPETITIONS
     tokenizer = build_tokenizer(options.model)
     with tempfile.TemporaryDirectory() as scratch:
-        table = writing_rows(rows * WRITTEN, task, Path(scratch) / 'written', repetitions)
+        table = writing_rows(repeat(rows, len(rows) * WRITTEN), task, Path(scratch) / 'written', repetitions)
         places = store(rows, task, Path(scratch), options.s3)
         read = read_rates(places, task, tokenizer, len(rows), repetitions)
         clocks = wait_for(places, task, options, options.repetitions or WINDOWS)

@@ -1,6 +1,7 @@
 """What is measured on: rows with their rationales, and a backbone of as many layers as are asked for."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,12 @@ def load_rows(count: int = 0, split: str = 'train') -> tuple[Task, list[Triplet]
         name = f'RTE {split}'
     else:
         rows, name = list(read_triplets(SAMPLE, task, split=split)), f'sample {split}'
-    rows = [rows[index % len(rows)] for index in range(count)] if count else rows
-    return task, rows, name
+    return task, repeat(rows, count) if count else rows, name
+
+
+def repeat(rows: Sequence[Triplet], count: int) -> list[Triplet]:
+    """So many rows, one after the other and again from the first, each with an id of its own."""
+    return [{**rows[index % len(rows)], 'id': str(index)} for index in range(count)]
 
 
 def load_backbone(options: Options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

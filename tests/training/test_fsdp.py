@@ -147,7 +147,7 @@ def test_a_checkpoint_full_or_sharded_exports_to_the_same_bytes(runs, layout, ca
 )
 def test_the_version_stands_in_the_yaml(settings, kind, monkeypatch):
     monkeypatch.delenv('FSDP_VERSION', raising=False)
-    assert type(build_fsdp(settings)) is kind
+    assert isinstance(build_fsdp(settings), kind)
     monkeypatch.setenv('FSDP_VERSION', '2')
     assert fsdp_version(settings) == settings.get('version', 2)
 
