@@ -55,7 +55,7 @@ def report_on(
         split: of a task's folder or a hub data set.
         output: a folder for ``report.json``, ``predictions.jsonl`` and two PNGs, which replace those of an earlier
             report when all are finished; what else is there stays. Default: nothing is written.
-        batch_size: see :func:`~dhrd_plugin.export.classify.predict`.
+        batch_size: see :func:`~dhrd_plugin.export.classify.logits_of_texts`.
         precision: likewise. Default: ``'fp32'``.
         runtime: see :func:`~dhrd_plugin.export.load.load_classifier`; ``'torch'`` where another precision is asked for.
         tell_report: gets the text of :func:`describe` before anything is written. Default: nobody does.

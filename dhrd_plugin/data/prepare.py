@@ -16,7 +16,7 @@ from dhrd_plugin.data.controls import CONTROLS, PLAIN, apply_control
 from dhrd_plugin.data.labels import task_of_rows, with_labels
 from dhrd_plugin.data.lengths import describe, load_collator, merge, summarise, survey
 from dhrd_plugin.data.rows import MAX_ROW_BYTES, SPLITS, OnBad, Row, in_memory, name_classes, raise_bad, splits_in
-from dhrd_plugin.data.shards import HASHES, SHARD_SIZE, write_set, write_triplets
+from dhrd_plugin.data.shards import HASHES, SHARD_SIZE, check_triplet, write_set, write_triplets
 from dhrd_plugin.data.tasks import Task, load_task, task_names
 from dhrd_plugin.data.triplet import BadRow, spell
 from dhrd_plugin.data.triplets import read_triplets, triplets_of
@@ -160,7 +160,8 @@ def _write_split(
         args.input, task, args.rationales, split, labelled, on_bad=aside, max_row_bytes=args.max_row_bytes, report=joins
     )
     triplets = apply_control(triplets, args.control, args.seed)
-    rows = tqdm(triplets, desc=split or args.input, unit=' rows', disable=None)  # no bar where stderr is no terminal
+    bar = tqdm(triplets, desc=split or args.input, unit=' rows', disable=None)  # no bar where stderr is no terminal
+    rows = (check_triplet(row, task, labelled) for row in bar)
     find = partial(survey, tokenizer=args.tokenizer)
 
     def more(findings: list[Any]) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _write_split(
             **summarise(merge(findings), args.tokenizer, args.max_seq_len),
         }
 
-    options = (args.compression, args.hashes, args.shard_size, args.workers, labelled, find, more)
+    options = (args.compression, args.hashes, args.shard_size, args.workers, find, more)
     return write_set(rows, folder, task, *options, source=f'{args.input} {split or ""}'.rstrip())
 
 

@@ -95,27 +95,28 @@ def write_triplets(
     """
     out = out if is_remote(out) else Path(out).expanduser()
     check_free(out, overwrite)
+    checked = distinct(check_triplet(row, task, labelled) for row in triplets)
     with staged(out) as folder:
-        summary = write_set(triplets, folder, task, compression, hashes, size_limit, workers, labelled)
+        summary = write_set(checked, folder, task, compression, hashes, size_limit, workers)
         publish(folder, out)
     return summary
 
 
 def write_set(
-    triplets: Iterable[Mapping[str, Any]],
+    triplets: Iterable[Triplet],
     folder: Path,
     task: Task | None = None,
     compression: str | None = None,
     hashes: Sequence[str] = HASHES,
     size_limit: int = SHARD_SIZE,
     workers: int = 1,
-    labelled: bool = True,
     survey: Survey | None = None,
     more: Callable[[list[Any]], Mapping[str, Any]] = lambda findings: {},
     source: object = 'triplets',
 ) -> dict[str, Any]:
     """Write a set into an empty folder, shards, summary and, last of all, the index; see :func:`write_triplets`.
 
+    The triplets are those that :func:`check_triplet` returns, whose ids differ.
     ``survey`` is called on the triplets of each shard by the process that writes it, and ``more`` when all is written,
     with the results in the order of the shards; it returns what else ``triplets.json`` shall say. ``source`` is
     where the triplets come from, for errors.
@@ -123,9 +124,8 @@ def write_set(
     options = {'compression': compression, 'hashes': sorted(set(hashes))}
     _check_options(options)
     labels = Counter(dict.fromkeys(task.label_names, 0) if task else {})
-    checked = distinct(check_triplet(row, task, labelled) for row in triplets)
     options['columns'] = {**COLUMNS, 'label': 'json'} if task and task.multi_label else COLUMNS
-    jobs = ((folder, number, chunk, options, survey) for number, chunk in enumerate(_chunks(checked, size_limit)))
+    jobs = ((folder, number, chunk, options, survey) for number, chunk in enumerate(_chunks(triplets, size_limit)))
     written = list(_write_shards(jobs, workers))
     if not written:
         raise UserError(f'{source}: found no row to write')
@@ -178,10 +178,9 @@ def cached_shards(
     triplets = read_triplets(source, task, rationales, split, labelled, max_row_bytes=max_row_bytes, report=joined)
     with staged(folder) as temporary:
         write_set(
-            apply_control(triplets, control, seed),
+            (check_triplet(row, task, labelled) for row in apply_control(triplets, control, seed)),
             temporary,
             task,
-            labelled=labelled,
             more=lambda _: {**options, 'key': key, 'joined': joined, 'source': str(source)},
             source=source,
         )

@@ -261,8 +261,10 @@ def distinct(triplets: Iterable[Triplet]) -> Iterator[Triplet]:
     """The triplets as they are; a :class:`BadRow` at the first id that an earlier one has."""
     seen = _Table()
     for number, triplet in enumerate(triplets, 1):
-        with catching_bad(raise_bad, f'triplet {number}', dict(triplet)):
+        try:
             seen.add(triplet['id'], f'triplet {number}')
+        except BadRow as error:
+            raise error.at(f'triplet {number}', dict(triplet)) from None
         yield triplet
 
 
